@@ -1,0 +1,1 @@
+"""easyrl: align language models from human preferences with JAX."""

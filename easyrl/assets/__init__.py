@@ -1,0 +1,1 @@
+"""The bundled tiny models, tokenizer and prompts of the quickstart."""

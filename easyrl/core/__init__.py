@@ -1,0 +1,1 @@
+"""What everything else stands on: configuration, meshes, parameter descriptions, masks, errors."""

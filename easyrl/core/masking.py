@@ -1,0 +1,44 @@
+"""Masked sums, and means that stay (total, count) pairs until the very end.
+
+A mean over tokens must not depend on how the tokens are split over micro-batches, packed rows, devices or processes. So
+nothing here divides until every part has been added up: a `Mean` carries its numerator and its denominator.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Mean(NamedTuple):
+    """A mean as its numerator and denominator, both float32 scalars."""
+
+    total: Array
+    count: Array
+
+    @property
+    def value(self) -> Array:
+        """total / count, and 0 where nothing was counted."""
+        return jnp.where(self.count > 0, self.total / jnp.maximum(self.count, 1e-30), 0.0)
+
+
+def add_means(a: Mean, b: Mean) -> Mean:
+    """The mean over the union of two disjoint sets."""
+    return Mean(a.total + b.total, a.count + b.count)
+
+
+def masked_sum(x: Array, mask: Array) -> Array:
+    """Sum of `x` where the boolean `mask` is True. `where`, not a product: a NaN outside the mask must not leak in."""
+    return jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0.0))
+
+
+def mean_of(x: Array, mask: Array) -> Mean:
+    """The mean of `x` over the True entries of `mask` (same shape), as a pair."""
+    return Mean(masked_sum(x, mask), jnp.sum(mask, dtype=jnp.float32))
+
+
+def constant_mean(x: Array | float) -> Mean:
+    """A quantity that is already global (a coefficient, a norm), as a mean of one entry."""
+    return Mean(jnp.asarray(x, jnp.float32), jnp.ones((), jnp.float32))

@@ -1,0 +1,1 @@
+"""What surrounds the steps: the loop, trackers, samples, the report."""

@@ -1,0 +1,1 @@
+"""Jitted update steps: the only place where a model meets an equation."""
