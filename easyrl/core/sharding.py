@@ -1,0 +1,155 @@
+"""The mesh, and the one table that says which logical axis lives on which mesh axis.
+
+A mesh has three axes, with EasyLM's names and order: `dp` (replicated weights, split batch), `fsdp` (split weights, split
+batch) and `mp` (split heads, hidden units and vocabulary). Parameters and activations name their dimensions logically;
+`RULES` is the only place where those names meet the mesh.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from easyrl.core.errors import UserError
+
+MESH_AXES = ("dp", "fsdp", "mp")
+DATA_AXES = ("dp", "fsdp")
+
+# Logical axis -> mesh axes. None: never split.
+RULES: dict[str, tuple[str, ...] | None] = {
+    # parameters
+    "layers": None,
+    "vocab": ("mp",),
+    "embed": ("fsdp",),
+    "heads": ("mp",),
+    "kv_heads": ("mp",),
+    "head_size": None,
+    "mlp": ("mp",),
+    "norm": None,
+    # activations
+    "batch": DATA_AXES,
+    "time": None,
+    "width": None,
+}
+
+
+def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes from `1,-1,1` or `dp:1,fsdp:-1,mp:1`; one -1 takes the devices that are left.
+
+    Raises UserError naming --mesh_dim for an unknown or repeated axis, a size that is not an integer, more than one -1,
+    or sizes whose product is not `num_devices`.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    named = [":" in part for part in parts]
+    if len(parts) != len(MESH_AXES) or any(named) != all(named):
+        raise UserError(
+            f"--mesh_dim={text}: expected three sizes as in 1,-1,1 or names as in dp:1,fsdp:-1,mp:1"
+        )
+    pairs = [tuple(part.split(":", 1)) for part in parts] if all(named) else list(zip(MESH_AXES, parts, strict=True))
+    sizes: dict[str, int] = {}
+    for axis, size in pairs:
+        axis = axis.strip()
+        if axis not in MESH_AXES or axis in sizes:
+            raise UserError(f"--mesh_dim={text}: {axis!r} is not one of {', '.join(MESH_AXES)}, each given once")
+        try:
+            sizes[axis] = int(size)
+        except ValueError:
+            raise UserError(f"--mesh_dim={text}: the size of {axis} is {size!r}, expected an integer") from None
+        if sizes[axis] < 1 and sizes[axis] != -1:
+            raise UserError(f"--mesh_dim={text}: the size of {axis} is {size}, expected 1 or more, or -1 for the rest")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1:
+        raise UserError(f"--mesh_dim={text}: -1 may be given once, found it for {' and '.join(free)}")
+    if free:
+        sizes[free[0]] = num_devices // fixed
+    if math.prod(sizes.values()) != num_devices or num_devices == 0:
+        raise UserError(f"--mesh_dim={text}: the sizes do not make up the {num_devices} devices there are")
+    return {axis: sizes[axis] for axis in MESH_AXES}
+
+
+def make_mesh(mesh_dim: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that --mesh_dim describes over `devices` (all there are)."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = parse_mesh_dim(mesh_dim, len(devices))
+    # Explicit is JAX's default axis type; the rules table needs the compiler to propagate (Auto).
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def num_data_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch dimension is split."""
+    return math.prod(mesh.shape[axis] for axis in DATA_AXES)
+
+
+def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions carry the logical `axes`.
+
+    Raises UserError naming the array `name` when an axis has no rule, when two of its axes claim one mesh axis, or when a
+    dimension does not divide by the mesh axes that split it.
+    """
+    if len(axes) != len(shape):
+        raise UserError(f"{name}: {len(axes)} logical axes {tuple(axes)} for a shape of {len(shape)} dimensions {shape}")
+    entries: list[tuple[str, ...] | None] = []
+    owner: dict[str, str] = {}
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is None:
+            entries.append(None)
+            continue
+        if axis not in RULES:
+            raise UserError(f"{name}: logical axis {axis!r} has no rule in core/sharding.py")
+        mesh_axes = RULES[axis]
+        for mesh_axis in mesh_axes or ():
+            if mesh_axis in owner:
+                raise UserError(f"{name}: axes {owner[mesh_axis]!r} and {axis!r} both claim the mesh axis {mesh_axis}")
+            owner[mesh_axis] = axis
+        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes or ())
+        if size % parts:
+            raise UserError(
+                f"--mesh_dim: {name} has {axis}={size}, which does not divide by "
+                f"{' x '.join(f'{a}={mesh.shape[a]}' for a in mesh_axes or ())}"
+            )
+        entries.append(mesh_axes)
+    return PartitionSpec(*entries)
+
+
+def sharding_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str) -> NamedSharding:
+    """`spec_for` bound to the mesh."""
+    return NamedSharding(mesh, spec_for(axes, shape, mesh, name))
+
+
+class Shard:
+    """What a model is given to pin its activations: `shard(x, "batch", "time", "width")`.
+
+    A model that gets `shard=None` runs without constraints, so models know logical names and never a mesh.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        sharding = sharding_for(axes, x.shape, self.mesh, f"activation {axes}")
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of small things every device holds."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose first dimension is the batch."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXES))
+
+
+def put(tree, sharding: NamedSharding):
+    """Host arrays, the same on every process, as global arrays: each process hands its devices their part."""
+
+    def place(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree)

@@ -1,0 +1,54 @@
+"""Who may attend to whom, and attention itself.
+
+Axes: B batch, T query time, S key time, N query heads, K key/value heads, G = N / K, H head size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def attention_mask(
+    q_positions: Array, q_segments: Array, k_positions: Array, k_segments: Array, window: int | None = None
+) -> Array:
+    """The boolean mask [B, T, S]: True where query t may attend to key s.
+
+    A token attends to the tokens of its own segment at positions no later than its own and, with a sliding `window`,
+    fewer than `window` positions back (transformers' convention: itself and window - 1 tokens before). Segment 0 is
+    padding; it attends to itself only among padding, and nobody attends to it.
+    """
+    same_segment = q_segments[:, :, None] == k_segments[:, None, :]
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
+    mask = same_segment & (distance >= 0)
+    if window is not None:
+        mask &= distance < window
+    return mask
+
+
+def use_cudnn(implementation: str, dtype, head_size: int) -> bool:
+    """Whether to take cuDNN's flash kernel: asked for, or `auto` on a GPU in half precision."""
+    if implementation != "auto":
+        return implementation == "cudnn"
+    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    return jax.default_backend() == "gpu" and half and head_size % 8 == 0 and head_size <= 128
+
+
+def attend(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, *, implementation: str = "auto") -> Array:
+    """softmax(q k^T / sqrt(H)) v, grouped query heads, softmax in float32. Returns [B, T, N, H] in q's dtype.
+
+    `implementation` is `xla`, `cudnn`, or `auto` (cuDNN on a GPU in half precision, otherwise XLA).
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+    if use_cudnn(implementation, q_BTNH.dtype, H):
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), mask=mask_BTS[:, None], implementation="cudnn"
+        )
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * (H**-0.5)
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
+    # A finite floor keeps rows with nothing to attend to (padding) free of NaN.
+    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
+    out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH)
+    return out_BTKGH.reshape(B, T, N, H)
