@@ -1,0 +1,67 @@
+"""AdamW and learning-rate schedules, by EasyLM's names."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from easyrl.core.config import flag
+from easyrl.core.errors import UserError
+from easyrl.core.params import path_str
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019) after clipping the gradient's global norm."""
+
+    b1: float = flag(0.9, "Adam's decay rate of the first moment.")
+    b2: float = flag(0.999, "Adam's decay rate of the second moment.")
+    eps: float = flag(1e-8, "Added to the root of Adam's second moment.")
+    weight_decay: float = flag(0.0, "Decoupled weight decay; never applied to biases and norms.")
+    clip_gradient: float = flag(1.0, "Largest global norm of the gradient; larger ones are scaled down. 0: no limit.")
+    bf16_momentum: bool = flag(False, "Keep Adam's first moment in bfloat16: half its memory.")
+
+
+def make_schedule(
+    kind: str, lr: float, total_updates: int, warmup_updates: int = 0, end_lr: float = 0.0
+) -> optax.Schedule:
+    """Learning rate by update number: linear warm-up from 0, then `constant`, `linear` or `cosine` to `end_lr`.
+
+    The update after `warmup_updates` updates is the first at the full rate, as in transformers' schedules.
+    """
+    remaining = max(total_updates - warmup_updates, 1)
+    after_warmup = {
+        "constant": optax.constant_schedule(lr),
+        "linear": optax.linear_schedule(lr, end_lr, remaining),
+        "cosine": optax.cosine_decay_schedule(lr, remaining, alpha=end_lr / lr if lr else 0.0),
+    }
+    if kind not in after_warmup:
+        raise UserError(f"--lr_schedule={kind}: expected one of {', '.join(after_warmup)}")
+    if not warmup_updates:
+        return after_warmup[kind]
+    warmup = optax.linear_schedule(0.0, lr, warmup_updates)
+    return optax.join_schedules([warmup, after_warmup[kind]], [warmup_updates])
+
+
+def decayed(params: dict) -> dict:
+    """True for the parameters weight decay applies to: not biases, not norms."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path_str(path).endswith(("bias", "norm")), params
+    )
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The gradient transformation that `config` describes."""
+    adamw = optax.adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mu_dtype=jnp.bfloat16 if config.bf16_momentum else None,
+        mask=decayed,
+    )
+    if not config.clip_gradient:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_gradient), adamw)

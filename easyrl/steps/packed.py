@@ -1,0 +1,88 @@
+"""Packed passes over ragged rows: how every trainer runs a model.
+
+The host plans (data/packing.py) which tokens go side by side; here the plan meets the device. Rows are processed in groups
+of a fixed shape by a loop whose trip count is data, so one compiled program serves every batch and runs only as many groups
+as the batch has tokens for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from easyrl.core.sharding import put, replicated
+
+Array = jax.Array
+
+
+class PackPlan(flax.struct.PyTreeNode):
+    """Which token of a padded batch [B, T] goes where in G groups of R packed rows of length S.
+
+    All int32. `source` is an index into the flattened batch (b * T + t), or -1 for padding. Groups from `count` on are empty.
+    """
+
+    source_GRS: Array
+    positions_GRS: Array
+    segment_ids_GRS: Array
+    count: Array
+
+    def group(self, number: Array) -> "PackPlan":
+        """One group as a plan without the leading axis."""
+        pick = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)  # noqa: E731
+        return PackPlan(pick(self.source_GRS), pick(self.positions_GRS), pick(self.segment_ids_GRS), self.count)
+
+
+def place_plan(source: np.ndarray, positions: np.ndarray, segment_ids: np.ndarray, rows: int, groups: int, mesh: Mesh):
+    """A host plan [rows_used, S] as a `PackPlan` of `groups` groups of `rows` rows on every device."""
+    used, length = source.shape
+    assert used <= rows * groups, (used, rows, groups)
+
+    def fill(array, empty):
+        full = np.full((groups * rows, length), empty, np.int32)
+        full[:used] = array
+        return full.reshape(groups, rows, length)
+
+    count = np.asarray(-(-used // rows), np.int32)
+    return put(PackPlan(fill(source, -1), fill(positions, 0), fill(segment_ids, 0), count), replicated(mesh))
+
+
+def gather(x_BT: Array, source: Array, empty: Any = 0) -> Array:
+    """Values of a padded batch in packed order; `empty` (0, False) where the plan has padding."""
+    return jnp.where(source >= 0, x_BT.reshape(-1)[jnp.maximum(source, 0)], jnp.asarray(empty, x_BT.dtype))
+
+
+def scatter(into_BT: Array, source: Array, values: Array) -> Array:
+    """`into_BT` with packed `values` put back where they came from; padding is dropped."""
+    index = jnp.where(source >= 0, source, into_BT.size)
+    flat = into_BT.reshape(-1).at[index.reshape(-1)].set(values.reshape(-1).astype(into_BT.dtype), mode="drop")
+    return flat.reshape(into_BT.shape)
+
+
+def over_groups(plan: PackPlan, carry: Any, body: Callable[[PackPlan, Any], Any]) -> Any:
+    """carry = body(group, carry) for every group in use. The trip count is data: one program for every batch."""
+    return jax.lax.fori_loop(0, plan.count, lambda number, carry: body(plan.group(number), carry), carry)
+
+
+def grads_over_groups(
+    plan: PackPlan, objective: Callable[[dict, PackPlan], tuple[Array, Any]], params: dict, shardings: dict
+) -> tuple[dict, Any]:
+    """The gradient of the sum of `objective(params, group) -> (loss, metrics)` over the groups, and the summed metrics.
+
+    Each group's loss must already be divided by counts of the whole batch, so that a sum over groups is the batch's mean
+    whatever the grouping. Gradients add up in float32, laid out like the parameters; `metrics` is a tree of sums.
+    """
+    shapes = jax.eval_shape(objective, params, plan.group(0))[1]
+    metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+
+    def body(group, carry):
+        grads, metrics = carry
+        group_grads, group_metrics = jax.grad(objective, has_aux=True)(params, group)
+        grads = jax.tree.map(jnp.add, grads, group_grads)
+        return jax.lax.with_sharding_constraint(grads, shardings), jax.tree.map(jnp.add, metrics, group_metrics)
+
+    return over_groups(plan, (grads, metrics), body)

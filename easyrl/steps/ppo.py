@@ -1,0 +1,285 @@
+"""PPO's device side: score a batch of samples once, then update from the frozen record.
+
+    forward   packed passes of policy, reference and value model over the samples
+    finish    rewards, advantages and returns: the `Rollout`, after which nothing "old" can change
+    update    one optimizer step on a minibatch of the `Rollout`
+
+Index convention, everywhere: `x[b, t]` belongs to the action that emits `tokens[b, t + 1]`, so `logprobs[b, t]` scores that
+token, `values[b, t]` is the value of the text up to token t, and `mask[b, t]` is True where that token is a response token.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from easyrl.algos import advantages as adv
+from easyrl.algos import kl as kl_algos
+from easyrl.algos import ppo as ppo_algos
+from easyrl.core.config import flag
+from easyrl.core.masking import Mean, constant_mean, masked_sum, mean_of
+from easyrl.core.params import shardings
+from easyrl.core.sharding import Shard
+from easyrl.models.families import ModelConfig, param_specs
+from easyrl.models.heads import scalar
+from easyrl.models.trunk import trunk
+from easyrl.steps.logprobs import next_token_logprobs
+from easyrl.steps.packed import PackPlan, gather, grads_over_groups, over_groups, scatter
+from easyrl.steps.state import TrainState, apply_gradients
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """The algorithm's own numbers. Inherited by the script's config, so the flags carry EasyLM's plain names."""
+
+    temperature: float = flag(0.7, "Sampling temperature of the rollouts.")
+    logprob_space: str = flag(
+        "sampling",
+        "Distribution whose log-probs enter ratio and KL: after the temperature, or the model's own at temperature 1.",
+        choices=("sampling", "model"),
+    )
+    kl_coef: float = flag(0.05, "Weight of the KL penalty; the starting weight when --kl_target is set.")
+    kl_estimator: str = flag("k1", "Per-token KL estimator of the penalty.", choices=("k1", "k2", "k3"))
+    kl_in: str = flag("reward", "Where the KL penalty goes.", choices=("reward", "loss"))
+    kl_target: float = flag(0.0, "Sequence KL, in nats, that the adaptive controller aims for. 0: --kl_coef stays fixed.")
+    kl_horizon: float = flag(10000.0, "Samples over which the adaptive controller acts.")
+    gamma: float = flag(1.0, "Discount per token.")
+    lam: float = flag(0.95, "Lambda of generalised advantage estimation.")
+    cliprange: float = flag(0.2, "The ratio is clipped to [1 - cliprange, 1 + cliprange].")
+    cliprange_high: float = flag(0.0, "Upper clip when it differs from the lower (clip-higher). 0: --cliprange.")
+    dual_clip: float = flag(0.0, "Bound on the ratio for negative advantages (Ye et al. 2020), above 1. 0: off.")
+    cliprange_value: float = flag(0.2, "Values are clipped to old value +- cliprange_value.")
+    vf_coef: float = flag(0.1, "Weight of the value loss.")
+    entropy_coef: float = flag(0.0, "Weight of the entropy bonus.")
+    whiten_rewards: bool = flag(False, "Scale the token rewards to unit variance (their mean is kept).")
+    whiten_advantages: bool = flag(True, "Whiten the advantages once over the whole batch of rollouts.")
+    target_kl: float = flag(
+        0.0, "Stop updating on a batch once its approximate KL from the sampler exceeds this. 0: never."
+    )
+
+    @property
+    def logprob_temperature(self) -> float:
+        """The temperature at which every log-prob of a run is taken."""
+        return self.temperature if self.logprob_space == "sampling" else 1.0
+
+
+class Passes(flax.struct.PyTreeNode):
+    """What the models say of the samples, each float32 [B, T], 0 outside the mask."""
+
+    old_logprobs: Array
+    ref_logprobs: Array
+    values: Array
+    entropies: Array
+
+
+class Rollout(flax.struct.PyTreeNode):
+    """A scored batch of samples. Frozen: computed once, and the update can only read it."""
+
+    tokens: Array  # int32 [B, T], prompt then response, padded on the right
+    mask: Array  # bool [B, T]
+    old_logprobs: Array  # float32 [B, T], as are the rest
+    ref_logprobs: Array
+    values: Array
+    rewards: Array
+    advantages: Array
+    returns: Array
+    scores: Array  # float32 [B]
+
+
+class PPOState(flax.struct.PyTreeNode):
+    """Everything PPO changes."""
+
+    policy: TrainState
+    value: TrainState
+    kl_coef: Array  # float32 scalar
+
+
+def make_forward(policy_cfg: ModelConfig, value_cfg: ModelConfig, ppo: PPOConfig, mesh: Mesh) -> Callable:
+    """`forward(policy_params, ref_params, value_params, tokens, mask, plan) -> Passes`, jitted.
+
+    One pass of each model over the packed rows of `plan`. The reference runs in its own compute dtype.
+    """
+    shard = Shard(mesh)
+    temperature = ppo.logprob_temperature
+
+    @jax.jit
+    def forward(policy_params, ref_params, value_params, tokens, mask, plan: PackPlan) -> Passes:
+        def body(group: PackPlan, passes: Passes) -> Passes:
+            rows = _packed_rows(group, tokens, shard)
+            old_logprobs, entropies = next_token_logprobs(
+                policy_params, policy_cfg, *rows, temperature=temperature, shard=shard
+            )
+            ref_logprobs, _ = next_token_logprobs(ref_params, policy_cfg, *rows, temperature=temperature, shard=shard)
+            hidden, _ = trunk(value_params, value_cfg, *rows, shard=shard)
+            new = Passes(old_logprobs, ref_logprobs, scalar(value_params, value_cfg, hidden), entropies)
+            return jax.tree.map(lambda into, x: scatter(into, group.source_GRS, x), passes, new)
+
+        zeros = jnp.zeros(tokens.shape, jnp.float32)
+        passes = over_groups(plan, Passes(zeros, zeros, zeros, zeros), body)
+        return jax.tree.map(lambda x: jnp.where(mask, x, 0.0), passes)
+
+    return forward
+
+
+def make_finish(ppo: PPOConfig) -> Callable:
+    """`finish(tokens, mask, passes, scores, kl_coef) -> (Rollout, metrics)`, jitted.
+
+    Token rewards are -kl_coef * KL estimate (with --kl_in=reward) plus the score on the response's last token.
+    """
+
+    @jax.jit
+    def finish(tokens, mask, passes: Passes, scores, kl_coef) -> tuple[Rollout, dict[str, Mean]]:
+        kl = kl_algos.kl_estimate(passes.old_logprobs, passes.ref_logprobs, ppo.kl_estimator)
+        penalty = jnp.where(mask, -kl_coef * kl, 0.0) if ppo.kl_in == "reward" else jnp.zeros_like(kl)
+        rewards = adv.token_rewards(scores, penalty, mask)
+        if ppo.whiten_rewards:
+            rewards = adv.whiten(rewards, mask, shift_mean=False)
+        advantages, returns = adv.gae(rewards, passes.values, mask, ppo.gamma, ppo.lam)
+        metrics = {
+            **_rollout_metrics(mask, passes, scores, penalty, kl_coef),
+            "ppo/val/explained_variance": adv.explained_variance(passes.values, returns, mask),
+            "ppo/returns/mean": mean_of(returns, mask),
+            "ppo/val/mean": mean_of(passes.values, mask),
+        }
+        if ppo.whiten_advantages:
+            advantages = adv.whiten(advantages, mask)
+        rollout = Rollout(
+            tokens, mask, passes.old_logprobs, passes.ref_logprobs, passes.values, rewards, advantages, returns, scores
+        )
+        return rollout, metrics
+
+    return finish
+
+
+def make_update(
+    policy_cfg: ModelConfig,
+    value_cfg: ModelConfig,
+    ppo: PPOConfig,
+    policy_optimizer: optax.GradientTransformation,
+    value_optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    train_policy: bool = True,
+) -> Callable:
+    """`update(state, rollout, plan, stopped) -> (state, stopped, metrics)`, jitted, `state` donated.
+
+    One optimizer step of policy and value model on the minibatch that `plan` picks from the rollout. Losses are means over
+    all response tokens of the minibatch, however it is packed and split. `stopped` (bool scalar) carries --target_kl: once
+    a minibatch exceeds it, this and the later updates of the batch change nothing. With `train_policy=False` (critic
+    warm-up) only the value model runs and learns.
+    """
+    shard = Shard(mesh)
+    policy_shardings = shardings(param_specs(policy_cfg, "lm"), mesh)
+    value_shardings = shardings(param_specs(value_cfg, "value"), mesh)
+
+    def policy_objective(params, group: PackPlan, rollout: Rollout, kl_coef, num_tokens):
+        batch = _packed_rollout(group, rollout)
+        logprobs, entropies = next_token_logprobs(
+            params, policy_cfg, *_packed_rows(group, rollout.tokens, shard),
+            temperature=ppo.logprob_temperature, shard=shard,
+        )  # fmt: skip
+        loss, metrics = ppo_algos.policy_loss(
+            logprobs, batch.old_logprobs, batch.advantages, batch.mask,
+            cliprange_low=ppo.cliprange, cliprange_high=ppo.cliprange_high or ppo.cliprange, dual_clip=ppo.dual_clip,
+        )  # fmt: skip
+        total = loss.total - ppo.entropy_coef * masked_sum(entropies, batch.mask)
+        if ppo.kl_in == "loss":
+            kl = kl_algos.kl_estimate(logprobs, batch.ref_logprobs, ppo.kl_estimator)
+            total += kl_coef * masked_sum(kl, batch.mask)
+        metrics |= {
+            "ppo/loss/policy": loss,
+            "ppo/policy/entropy": mean_of(entropies, batch.mask),
+            "ppo/policy/advantages_mean": mean_of(batch.advantages, batch.mask),
+        }
+        return total / num_tokens, metrics
+
+    def value_objective(params, group: PackPlan, rollout: Rollout, num_tokens):
+        batch = _packed_rollout(group, rollout)
+        hidden, _ = trunk(params, value_cfg, *_packed_rows(group, rollout.tokens, shard), shard=shard)
+        values = scalar(params, value_cfg, hidden)
+        loss, metrics = ppo_algos.value_loss(
+            values, batch.values, batch.returns, batch.mask, cliprange_value=ppo.cliprange_value
+        )
+        return ppo.vf_coef * loss.total / num_tokens, metrics | {"ppo/loss/value": loss}
+
+    @jax.named_call
+    def policy_step(state: PPOState, rollout, plan, stopped, num_tokens):
+        grads, metrics = grads_over_groups(
+            plan, lambda p, g: policy_objective(p, g, rollout, state.kl_coef, num_tokens),
+            state.policy.params, policy_shardings,
+        )  # fmt: skip
+        if ppo.target_kl:
+            stopped |= metrics["ppo/policy/approx_kl"].value > ppo.target_kl
+        policy, taken = apply_gradients(state.policy, grads, policy_optimizer, ~stopped)
+        metrics["ppo/policy/grad_norm"] = constant_mean(optax.global_norm(grads))
+        metrics["ppo/policy/skipped"] = constant_mean(1.0 - taken)
+        return policy, stopped, metrics
+
+    @jax.named_call
+    def value_step(state: PPOState, rollout, plan, stopped, num_tokens):
+        grads, metrics = grads_over_groups(
+            plan, lambda p, g: value_objective(p, g, rollout, num_tokens), state.value.params, value_shardings
+        )
+        value, taken = apply_gradients(state.value, grads, value_optimizer, ~stopped)
+        metrics["ppo/val/grad_norm"] = constant_mean(optax.global_norm(grads))
+        metrics["ppo/val/skipped"] = constant_mean(1.0 - taken)
+        return value, metrics
+
+    def update(state: PPOState, rollout: Rollout, plan: PackPlan, stopped):
+        num_tokens = jnp.maximum(jnp.sum(gather(rollout.mask, plan.source_GRS, False), dtype=jnp.float32), 1.0)
+        metrics: dict[str, Mean] = {}
+        policy = state.policy
+        if train_policy:
+            policy, stopped, metrics = policy_step(state, rollout, plan, stopped, num_tokens)
+        value, value_metrics = value_step(state, rollout, plan, stopped, num_tokens)
+        metrics |= value_metrics
+        loss_value = metrics["ppo/loss/value"]
+        loss_policy = metrics.get("ppo/loss/policy", Mean(jnp.zeros(()), loss_value.count))
+        metrics["ppo/loss/total"] = Mean(loss_policy.total + ppo.vf_coef * loss_value.total, loss_value.count)
+        return PPOState(policy, value, state.kl_coef), stopped, metrics
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def _packed_rows(group: PackPlan, tokens: Array, shard: Shard) -> tuple[Array, Array, Array]:
+    """(tokens, positions, segment_ids) of one group, each int32 [R, S], rows split over the data axes."""
+    rows = (gather(tokens, group.source_GRS), group.positions_GRS, group.segment_ids_GRS)
+    return tuple(shard(x, "batch", "time") for x in rows)
+
+
+def _packed_rollout(group: PackPlan, rollout: Rollout) -> Rollout:
+    """The rollout's [B, T] fields in packed order; `scores`, one per sample, have no place there and stay."""
+    packed = {
+        field.name: gather(getattr(rollout, field.name), group.source_GRS)
+        for field in dataclasses.fields(rollout)
+        if field.name != "scores"
+    }
+    return rollout.replace(**packed)
+
+
+def _rollout_metrics(mask, passes: Passes, scores, penalty, kl_coef) -> dict[str, Mean]:
+    """Statistics of the samples under the names of EasyLM's fork (docs/metrics.md)."""
+    each = jnp.ones(scores.shape, bool)
+    kl = kl_algos.kl_estimate(passes.old_logprobs, passes.ref_logprobs, "k1")
+    by_row = lambda x: jnp.sum(jnp.where(mask, x, 0.0), axis=1)  # noqa: E731
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
+    return {
+        "objective/kl": mean_of(by_row(kl), each),
+        "objective/kl_per_token": mean_of(kl, mask),
+        "objective/kl_coef": constant_mean(kl_coef),
+        "objective/entropy": mean_of(passes.entropies, mask),
+        "ppo/mean_scores": mean_of(scores, each),
+        "ppo/std_scores": constant_mean(jnp.std(scores)),
+        "ppo/mean_score_total": mean_of(scores + by_row(penalty), each),
+        "ppo/mean_non_score_reward": mean_of(penalty, mask),
+        "ppo/mean_non_score_reward_sum": mean_of(by_row(penalty), each),
+        "tokens/responses_len_mean": mean_of(lengths, each),
+        "tokens/responses_len_min": constant_mean(jnp.min(lengths)),
+        "tokens/responses_len_max": constant_mean(jnp.max(lengths)),
+    }
