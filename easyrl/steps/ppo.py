@@ -18,8 +18,8 @@ import optax
 from jax.sharding import Mesh
 
 from easyrl.algos import advantages as adv
-from easyrl.algos import kl as kl_algos
-from easyrl.algos import ppo as ppo_algos
+from easyrl.algos.kl import kl_estimate
+from easyrl.algos.ppo import entropy_bonus, policy_loss, value_loss
 from easyrl.core.config import flag
 from easyrl.core.masking import Mean, constant_mean, masked_sum, mean_of
 from easyrl.core.params import shardings
@@ -86,7 +86,8 @@ class Rollout(flax.struct.PyTreeNode):
     old_logprobs: Array  # float32 [B, T], as are the rest
     ref_logprobs: Array
     values: Array
-    rewards: Array
+    penalties: Array  # the KL part of the token rewards
+    rewards: Array  # penalties plus the score on the last token, before any whitening
     advantages: Array
     returns: Array
     scores: Array  # float32 [B]
@@ -135,24 +136,24 @@ def make_finish(ppo: PPOConfig) -> Callable:
 
     @jax.jit
     def finish(tokens, mask, passes: Passes, scores, kl_coef) -> tuple[Rollout, dict[str, Mean]]:
-        kl = kl_algos.kl_estimate(passes.old_logprobs, passes.ref_logprobs, ppo.kl_estimator)
-        penalty = jnp.where(mask, -kl_coef * kl, 0.0) if ppo.kl_in == "reward" else jnp.zeros_like(kl)
-        rewards = adv.token_rewards(scores, penalty, mask)
-        if ppo.whiten_rewards:
-            rewards = adv.whiten(rewards, mask, shift_mean=False)
-        advantages, returns = adv.gae(rewards, passes.values, mask, ppo.gamma, ppo.lam)
-        metrics = {
-            **_rollout_metrics(mask, passes, scores, penalty, kl_coef),
-            "ppo/val/explained_variance": adv.explained_variance(passes.values, returns, mask),
-            "ppo/returns/mean": mean_of(returns, mask),
-            "ppo/val/mean": mean_of(passes.values, mask),
-        }
-        if ppo.whiten_advantages:
-            advantages = adv.whiten(advantages, mask)
+        kl = kl_estimate(ppo.kl_estimator, passes.old_logprobs, passes.ref_logprobs, mask)
+        reward_kl_coef = kl_coef if ppo.kl_in == "reward" else 0.0
+        rewards = adv.token_rewards(scores, kl, mask, kl_coef=reward_kl_coef)
+        scaled_rewards = adv.whiten(rewards, mask, shift_mean=False) if ppo.whiten_rewards else rewards
+        raw_advantages, returns = adv.gae(scaled_rewards, passes.values, mask, ppo.gamma, ppo.lam)
         rollout = Rollout(
-            tokens, mask, passes.old_logprobs, passes.ref_logprobs, passes.values, rewards, advantages, returns, scores
+            tokens=tokens,
+            mask=mask,
+            old_logprobs=passes.old_logprobs,
+            ref_logprobs=passes.ref_logprobs,
+            values=passes.values,
+            penalties=-reward_kl_coef * kl,
+            rewards=rewards,
+            advantages=adv.whiten(raw_advantages, mask) if ppo.whiten_advantages else raw_advantages,
+            returns=returns,
+            scores=scores,
         )
-        return rollout, metrics
+        return rollout, _rollout_metrics(rollout, passes.entropies, kl_coef)
 
     return finish
 
@@ -184,44 +185,40 @@ def make_update(
             params, policy_cfg, *_packed_rows(group, rollout.tokens, shard),
             temperature=ppo.logprob_temperature, shard=shard,
         )  # fmt: skip
-        loss, metrics = ppo_algos.policy_loss(
+        loss, metrics = policy_loss(
             logprobs, batch.old_logprobs, batch.advantages, batch.mask,
             cliprange_low=ppo.cliprange, cliprange_high=ppo.cliprange_high or ppo.cliprange, dual_clip=ppo.dual_clip,
         )  # fmt: skip
-        total = loss.total - ppo.entropy_coef * masked_sum(entropies, batch.mask)
+        entropy = entropy_bonus(entropies, batch.mask)
+        total = loss.total - ppo.entropy_coef * entropy.total
         if ppo.kl_in == "loss":
-            kl = kl_algos.kl_estimate(logprobs, batch.ref_logprobs, ppo.kl_estimator)
+            kl = kl_estimate(ppo.kl_estimator, logprobs, batch.ref_logprobs, batch.mask)
             total += kl_coef * masked_sum(kl, batch.mask)
-        metrics |= {
-            "ppo/loss/policy": loss,
-            "ppo/policy/entropy": mean_of(entropies, batch.mask),
-            "ppo/policy/advantages_mean": mean_of(batch.advantages, batch.mask),
-        }
-        return total / num_tokens, metrics
+        named = {"ppo/loss/policy": loss, "ppo/policy/entropy": entropy}
+        return total / num_tokens, named | {f"ppo/policy/{name}": value for name, value in metrics.items()}
 
     def value_objective(params, group: PackPlan, rollout: Rollout, num_tokens):
         batch = _packed_rollout(group, rollout)
         hidden, _ = trunk(params, value_cfg, *_packed_rows(group, rollout.tokens, shard), shard=shard)
         values = scalar(params, value_cfg, hidden)
-        loss, metrics = ppo_algos.value_loss(
+        loss, metrics = value_loss(
             values, batch.values, batch.returns, batch.mask, cliprange_value=ppo.cliprange_value
         )
-        return ppo.vf_coef * loss.total / num_tokens, metrics | {"ppo/loss/value": loss}
+        named = {"ppo/loss/value": loss}
+        return ppo.vf_coef * loss.total / num_tokens, named | {f"ppo/val/{name}": v for name, v in metrics.items()}
 
-    @jax.named_call
     def policy_step(state: PPOState, rollout, plan, stopped, num_tokens):
         grads, metrics = grads_over_groups(
             plan, lambda p, g: policy_objective(p, g, rollout, state.kl_coef, num_tokens),
             state.policy.params, policy_shardings,
         )  # fmt: skip
         if ppo.target_kl:
-            stopped |= metrics["ppo/policy/approx_kl"].value > ppo.target_kl
+            stopped |= metrics["ppo/policy/approxkl"].value > ppo.target_kl
         policy, taken = apply_gradients(state.policy, grads, policy_optimizer, ~stopped)
         metrics["ppo/policy/grad_norm"] = constant_mean(optax.global_norm(grads))
         metrics["ppo/policy/skipped"] = constant_mean(1.0 - taken)
         return policy, stopped, metrics
 
-    @jax.named_call
     def value_step(state: PPOState, rollout, plan, stopped, num_tokens):
         grads, metrics = grads_over_groups(
             plan, lambda p, g: value_objective(p, g, rollout, num_tokens), state.value.params, value_shardings
@@ -263,22 +260,26 @@ def _packed_rollout(group: PackPlan, rollout: Rollout) -> Rollout:
     return rollout.replace(**packed)
 
 
-def _rollout_metrics(mask, passes: Passes, scores, penalty, kl_coef) -> dict[str, Mean]:
+def _rollout_metrics(rollout: Rollout, entropies: Array, kl_coef: Array) -> dict[str, Mean]:
     """Statistics of the samples under the names of EasyLM's fork (docs/metrics.md)."""
+    mask, scores, penalties = rollout.mask, rollout.scores, rollout.penalties
     each = jnp.ones(scores.shape, bool)
-    kl = kl_algos.kl_estimate(passes.old_logprobs, passes.ref_logprobs, "k1")
+    kl = kl_estimate("k1", rollout.old_logprobs, rollout.ref_logprobs, mask)
     by_row = lambda x: jnp.sum(jnp.where(mask, x, 0.0), axis=1)  # noqa: E731
     lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
     return {
         "objective/kl": mean_of(by_row(kl), each),
         "objective/kl_per_token": mean_of(kl, mask),
         "objective/kl_coef": constant_mean(kl_coef),
-        "objective/entropy": mean_of(passes.entropies, mask),
+        "objective/entropy": mean_of(entropies, mask),
         "ppo/mean_scores": mean_of(scores, each),
         "ppo/std_scores": constant_mean(jnp.std(scores)),
-        "ppo/mean_score_total": mean_of(scores + by_row(penalty), each),
-        "ppo/mean_non_score_reward": mean_of(penalty, mask),
-        "ppo/mean_non_score_reward_sum": mean_of(by_row(penalty), each),
+        "ppo/mean_score_total": mean_of(by_row(rollout.rewards), each),
+        "ppo/mean_non_score_reward": mean_of(penalties, mask),
+        "ppo/mean_non_score_reward_sum": mean_of(by_row(penalties), each),
+        "ppo/val/mean": mean_of(rollout.values, mask),
+        "ppo/val/explained_variance": adv.explained_variance(rollout.values, rollout.returns, mask),
+        "ppo/returns/mean": mean_of(rollout.returns, mask),
         "tokens/responses_len_mean": mean_of(lengths, each),
         "tokens/responses_len_min": constant_mean(jnp.min(lengths)),
         "tokens/responses_len_max": constant_mean(jnp.max(lengths)),

@@ -1,0 +1,124 @@
+"""PPO's host side: sampled responses laid out for training, minibatches planned, and the check before the first update."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easyrl.core.errors import UserError
+from easyrl.steps.ppo import Passes, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledBatch:
+    """A batch of samples on the host: each row a prompt directly followed by its response, padded on the right to T.
+
+    tokens int32 [B, T]; mask bool [B, T], True at t where tokens[:, t + 1] is a response token; sampler_logprobs float32
+    [B, T] in the same convention; prompt_lengths, response_lengths int [B] (the response's end token counts); ended
+    bool [B]: whether the response stopped by itself.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    sampler_logprobs: np.ndarray
+    prompt_lengths: np.ndarray
+    response_lengths: np.ndarray
+    ended: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.prompt_lengths + self.response_lengths
+
+    def prompt(self, row: int) -> np.ndarray:
+        return self.tokens[row, : self.prompt_lengths[row]]
+
+    def response(self, row: int) -> np.ndarray:
+        return self.tokens[row, self.prompt_lengths[row] : self.lengths[row]]
+
+
+def join_samples(prompts: np.ndarray, prompt_lengths: np.ndarray, samples, *, pad_id: int) -> SampledBatch:
+    """Prompts [B, P] (padded on the right) and `sampling.decode.Samples` as one `SampledBatch` with T = P + C."""
+    samples = jax.device_get(samples)
+    B, P = prompts.shape
+    C = samples.tokens_BC.shape[1]
+    tokens = np.full((B, P + C), pad_id, np.int32)
+    mask = np.zeros((B, P + C), bool)
+    logprobs = np.zeros((B, P + C), np.float32)
+    for row, (start, length) in enumerate(zip(prompt_lengths, samples.lengths_B, strict=True)):
+        tokens[row, :start] = prompts[row, :start]
+        tokens[row, start : start + length] = samples.tokens_BC[row, :length]
+        mask[row, start - 1 : start + length - 1] = True
+        logprobs[row, start - 1 : start + length - 1] = samples.logprobs_BC[row, :length]
+    return SampledBatch(tokens, mask, logprobs, np.asarray(prompt_lengths), samples.lengths_B, samples.ended_B)
+
+
+def minibatches(num_samples: int, size: int, epochs: int, key: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Sample numbers of each minibatch: every epoch visits all samples once, in an order of its own drawn from `key`."""
+    for epoch in range(epochs):
+        order = np.random.default_rng((*key, epoch)).permutation(num_samples)
+        yield from order.reshape(-1, size)
+
+
+# Largest differences in log-prob that rounding explains, as (mean over tokens, maximum), by compute dtype.
+LOGPROB_TOLERANCE = {"float32": (1e-4, 1e-2), "bfloat16": (5e-2, 2.0)}
+
+
+def self_check(
+    batch: SampledBatch, rollout: Rollout, passes: Passes, again: Passes, *, same_start: bool, dtype: str, stop_ids
+) -> None:
+    """Refuse to train wrong: what must hold of the real batch before the first update.
+
+    `again` are the passes computed once more from a different packing, as the update will. `same_start`: policy and
+    reference start from the same weights. Raises UserError naming the first check that fails and its likely cause:
+
+    1. no response is empty;
+    2. the score sits on the last sampled token, which is an end token wherever the response ended;
+    3. the sampler's log-probs equal the trainer's;
+    4. the ratio is 1: log-probs do not depend on packing or on the pass that computed them;
+    5. KL is 0 when policy and reference start equal.
+    """
+    fetch = lambda x: np.asarray(jax.device_get(x))  # noqa: E731
+    mean_limit, max_limit = LOGPROB_TOLERANCE[str(jnp.dtype(dtype))]
+
+    empty = np.flatnonzero(~batch.mask.any(axis=1))
+    if empty.size:
+        raise UserError(f"self-check: the response to sample {empty[0]} is empty; every response must hold a token")
+
+    rows, last = np.arange(len(batch.tokens)), batch.lengths - 1
+    expected = np.zeros(batch.tokens.shape, np.float32)
+    expected[rows, last - 1] = fetch(rollout.scores)
+    paid = fetch(rollout.rewards) - fetch(rollout.penalties)
+    misplaced = np.flatnonzero(~np.isclose(paid, expected, rtol=1e-4, atol=1e-4).all(axis=1))
+    if misplaced.size:
+        raise UserError(f"self-check: the score of sample {misplaced[0]} is not paid at its last token, or not in full")
+    ends = batch.tokens[rows, last]
+    wrong_end = np.flatnonzero(batch.ended & ~np.isin(ends, list(stop_ids)))
+    if wrong_end.size:
+        raise UserError(
+            f"self-check: sample {wrong_end[0]} ended, but its last token is {ends[wrong_end[0]]}, "
+            f"expected one of the end tokens {sorted(stop_ids)}"
+        )
+
+    def compare(name: str, a, b, cause: str):
+        difference = np.abs(fetch(a) - fetch(b))[batch.mask]
+        if not (difference.mean() <= mean_limit and difference.max() <= max_limit):
+            raise UserError(
+                f"self-check: {name} differ by {difference.mean():.2g} on average and {difference.max():.2g} at most "
+                f"(allowed {mean_limit:g} and {max_limit:g} in {dtype}); {cause}"
+            )
+
+    compare(
+        "the sampler's and the trainer's log-probs", batch.sampler_logprobs, passes.old_logprobs,
+        "sampler and trainer do not see the same distribution (temperature, positions or weights)",
+    )  # fmt: skip
+    compare(
+        "log-probs of the rollout and of the first minibatch", passes.old_logprobs, again.old_logprobs,
+        "the ratio would not start at 1",
+    )  # fmt: skip
+    if same_start:
+        compare(
+            "log-probs of policy and reference", passes.old_logprobs, passes.ref_logprobs,
+            "both start from the same weights, so the KL must start at 0",
+        )  # fmt: skip
