@@ -41,9 +41,7 @@ def token_rewards(scores: Array, kl: Array, mask: Array, *, kl_coef: float | Arr
     return penalty + jnp.where(last_position(mask), scores.astype(jnp.float32)[:, None], 0.0)
 
 
-def gae(
-    rewards: Array, values: Array, mask: Array, gamma: float | Array, lam: float | Array
-) -> tuple[Array, Array]:
+def gae(rewards: Array, values: Array, mask: Array, gamma: float | Array, lam: float | Array) -> tuple[Array, Array]:
     """Generalised advantage estimation, as one reverse scan over time.
 
         delta[t] = rewards[t] + gamma * V[t+1] - values[t]
@@ -60,7 +58,7 @@ def gae(
         one-step TD error.
     Returns:
       (advantages, returns), [B, T] float32, exact zeros where masked. Gradients do flow; the caller stores them frozen.
-    Source: Schulman et al. 2015 (arXiv:1506.02438), eqs. 10 and 16; Schulman et al. 2017 (arXiv:1707.06347), eqs. 11-12.
+    Source: Schulman et al. 2015 (arXiv:1506.02438), eqs. 10 and 16; PPO (arXiv:1707.06347), eqs. 11-12.
       A response cut by the length limit is not bootstrapped: as usual in RLHF, the cut text is scored as it stands and
       its end is terminal.
     """

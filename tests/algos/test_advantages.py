@@ -148,7 +148,7 @@ def test_a_packed_row_equals_separate_rows(batch):
 def test_padding_order_and_nans_do_not_matter(batch):
     rewards, values, mask = batch
     expected = np.stack(gae(*map(jnp.array, batch), 0.9, 0.95))
-    wide = [np.pad(x, ((0, 0), (2, 3)), constant_values=fill) for x, fill in ((rewards, NAN), (values, NAN), (mask, False))]
+    wide = [np.pad(x, ((0, 0), (2, 3))) for x in batch]
     wide[0][~wide[2]] = wide[1][~wide[2]] = NAN
     got = np.stack(gae(*map(jnp.array, wide), 0.9, 0.95))
     np.testing.assert_array_equal(got[:, :, 2:-3], expected)
