@@ -96,9 +96,11 @@ def trunk_specs(cfg: LlamaConfig) -> dict:
     }
 
 
-def embed(params: dict, cfg: LlamaConfig, tokens_BT: Array) -> Array:
+def embed(params: dict, cfg: LlamaConfig, tokens_BT: Array, shard: Callable) -> Array:
     """Token embeddings [B, T, D] in the compute dtype."""
-    return jnp.take(params["embed"]["tokens"], tokens_BT, axis=0).astype(cfg.dtype)
+    # The table is split over fsdp by width and the batch by rows: gather the table's width first, as any other weight's.
+    table = shard(params["embed"]["tokens"].astype(cfg.dtype), "vocab", "width")
+    return jnp.take(table, tokens_BT, axis=0)
 
 
 def position_tables(cfg: LlamaConfig, positions_BT: Array) -> tuple[Array, Array]:

@@ -40,7 +40,7 @@ def trunk(
     """
     family = family_of(cfg)
     shard = shard or (lambda x, *axes: x)
-    x = shard(family.embed(params, cfg, tokens_BT), "batch", "time", "width")
+    x = shard(family.embed(params, cfg, tokens_BT, shard), "batch", "time", "width")
     tables = family.position_tables(cfg, positions_BT)
     if cache is None:
         k_positions, k_segments = positions_BT, segment_ids_BT

@@ -9,6 +9,7 @@ token, `values[b, t]` is the value of the text up to token t, and `mask[b, t]` i
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -22,14 +23,13 @@ from easyrl.algos.kl import kl_estimate
 from easyrl.algos.ppo import entropy_bonus, policy_loss, value_loss
 from easyrl.core.config import flag
 from easyrl.core.masking import Mean, constant_mean, masked_sum, mean_of
-from easyrl.core.params import shardings
-from easyrl.core.sharding import Shard
+from easyrl.core.sharding import Shard, replicated
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.models.heads import scalar
 from easyrl.models.trunk import trunk
 from easyrl.steps.logprobs import next_token_logprobs
 from easyrl.steps.packed import PackPlan, gather, grads_over_groups, over_groups, scatter
-from easyrl.steps.state import TrainState, apply_gradients
+from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 
 Array = jax.Array
 
@@ -109,7 +109,7 @@ def make_forward(policy_cfg: ModelConfig, value_cfg: ModelConfig, ppo: PPOConfig
     shard = Shard(mesh)
     temperature = ppo.logprob_temperature
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def forward(policy_params, ref_params, value_params, tokens, mask, plan: PackPlan) -> Passes:
         def body(group: PackPlan, passes: Passes) -> Passes:
             rows = _packed_rows(group, tokens, shard)
@@ -176,8 +176,9 @@ def make_update(
     warm-up) only the value model runs and learns.
     """
     shard = Shard(mesh)
-    policy_shardings = shardings(param_specs(policy_cfg, "lm"), mesh)
-    value_shardings = shardings(param_specs(value_cfg, "value"), mesh)
+    policy_shardings = state_shardings(param_specs(policy_cfg, "lm"), policy_optimizer, mesh)
+    value_shardings = state_shardings(param_specs(value_cfg, "value"), value_optimizer, mesh)
+    whole = replicated(mesh)
 
     def policy_objective(params, group: PackPlan, rollout: Rollout, kl_coef, num_tokens):
         batch = _packed_rollout(group, rollout)
@@ -210,7 +211,7 @@ def make_update(
     def policy_step(state: PPOState, rollout, plan, stopped, num_tokens):
         grads, metrics = grads_over_groups(
             plan, lambda p, g: policy_objective(p, g, rollout, state.kl_coef, num_tokens),
-            state.policy.params, policy_shardings,
+            state.policy.params, policy_shardings.params,
         )  # fmt: skip
         if ppo.target_kl:
             stopped |= metrics["ppo/policy/approxkl"].value > ppo.target_kl
@@ -221,7 +222,7 @@ def make_update(
 
     def value_step(state: PPOState, rollout, plan, stopped, num_tokens):
         grads, metrics = grads_over_groups(
-            plan, lambda p, g: value_objective(p, g, rollout, num_tokens), state.value.params, value_shardings
+            plan, lambda p, g: value_objective(p, g, rollout, num_tokens), state.value.params, value_shardings.params
         )
         value, taken = apply_gradients(state.value, grads, value_optimizer, ~stopped)
         metrics["ppo/val/grad_norm"] = constant_mean(optax.global_norm(grads))
@@ -241,7 +242,8 @@ def make_update(
         metrics["ppo/loss/total"] = Mean(loss_policy.total + ppo.vf_coef * loss_value.total, loss_value.count)
         return PPOState(policy, value, state.kl_coef), stopped, metrics
 
-    return jax.jit(update, donate_argnums=0)
+    state_out = PPOState(policy_shardings, value_shardings, whole)
+    return jax.jit(update, donate_argnums=0, out_shardings=(state_out, whole, whole))
 
 
 def _packed_rows(group: PackPlan, tokens: Array, shard: Shard) -> tuple[Array, Array, Array]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from easyrl.core.params import abstract, shardings
 from easyrl.core.sharding import replicated
 
 Array = jax.Array
@@ -21,19 +22,26 @@ class TrainState(flax.struct.PyTreeNode):
     updates: Array  # int32 scalar
 
 
-def create_train_state(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state at the start of training, moments sharded like the parameters they belong to."""
-    shapes = jax.eval_shape(optimizer.init, params)
-    param_shardings = jax.tree.map(lambda x: x.sharding, params)
+def state_shardings(specs: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where every part of a state lives: moments like the parameters they belong to, counters everywhere."""
+    param_shardings = shardings(specs, mesh)
+    opt_state = jax.eval_shape(optimizer.init, abstract(specs, jnp.float32))
     opt_shardings = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        shapes,
+        opt_state,
         param_shardings,
         transform_non_params=lambda _: replicated(mesh),
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)))
+    return TrainState(param_shardings, opt_shardings, replicated(mesh))
+
+
+def create_train_state(
+    params: dict, specs: dict, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state at the start of training, from parameters that already lie where `specs` put them."""
+    create = lambda params: TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))  # noqa: E731
+    return jax.jit(create, out_shardings=state_shardings(specs, optimizer, mesh), donate_argnums=0)(params)
 
 
 def apply_gradients(
