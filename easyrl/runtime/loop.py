@@ -1,0 +1,134 @@
+"""The one training loop.
+
+Every trainer calls `run_loop` with its own step function; what surrounds a step (progress bar, trackers, samples,
+checkpoints) is a hook. Steps are counted from 1: step k is the k-th update of the run and its state has seen k updates,
+so a run of `total` steps ends with step `total`, and a run that goes on from k starts with `start=k`.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from easyrl.runtime.metrics import Metrics, fetch, on_device, start_copy
+
+State = TypeVar("State")
+Batch = TypeVar("Batch")
+
+_NO_BATCH: Any = object()
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a hook is told. `state` is None unless the hook asked for it (`needs_state`) or the run is over."""
+
+    step: int
+    metrics: dict[str, float]
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Something that happens beside the steps.
+
+    on_step: called with the metrics of every step that `every` divides; never for `every` 0.
+    needs_state: hand `on_step` the state of that very step. The loop then waits for the device before it goes on, since
+      the next step would take over (donate) the state's memory. A batch is drawn only after these hooks, so they also
+      find the data loader where the step left it.
+    on_end: called once with the last state and metrics when the run is complete (not when it raised).
+    close: called last in any case, to give back files and terminals.
+    """
+
+    on_step: Callable[[StepInfo], None] | None = None
+    every: int = 1
+    needs_state: bool = False
+    on_end: Callable[[StepInfo], None] | None = None
+    close: Callable[[], None] | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether `on_step` is to be called for this step."""
+        return self.on_step is not None and self.every > 0 and step % self.every == 0
+
+
+@dataclass
+class _Pending:
+    """A step whose metrics have not been handed to the hooks yet."""
+
+    step: int
+    metrics: Metrics
+    started: float
+    seconds: float | None = None  # known once the next step starts
+
+
+def run_loop(
+    state: State,
+    batches: Iterable[Batch],
+    step_fn: Callable[[State, Batch], tuple[State, Metrics]],
+    *,
+    start: int,
+    total: int,
+    hooks: Iterable[Hook] = (),
+    clock: Callable[[], float] = time.perf_counter,
+) -> State:
+    """Runs steps `start + 1 ... total`, each on the next of `batches`, and returns the last state.
+
+    `step_fn(state, batch) -> (state, metrics)`; metrics are scalars or `Mean` pairs by name, on the host or still on
+    the device. Metrics on the device are fetched one step late, after the next step has been handed over, so the
+    device never waits for the host; hooks then run while it computes. Metrics that are already host numbers (a PPO
+    step waits for its samples anyway) go to the hooks at once, and so does every step at which a due hook needs the
+    state.
+
+    Two metrics are added. `time/step` is the time in seconds from this step's start to the next one's, less the hooks
+    that needed the state; the first step's holds the compilation. Where a step reports the number of `tokens` it
+    worked on, `tokens_per_second` is that number over `time/step`.
+
+    When a step or its batch raises, the metrics of the step before it still reach the hooks. Raises ValueError when
+    `batches` end before `total`.
+    """
+    hooks = tuple(hooks)
+    metrics: dict[str, float] = {}
+    pending: _Pending | None = None
+
+    def deliver(done: _Pending, state: Any = None) -> dict[str, float]:
+        metrics = fetch(done.metrics)
+        seconds = clock() - done.started if done.seconds is None else done.seconds
+        metrics["time/step"] = seconds
+        if "tokens" in metrics:
+            metrics["tokens_per_second"] = metrics["tokens"] / max(seconds, 1e-9)
+        for hook in hooks:
+            if hook.on_step is not None and hook.due(done.step):
+                hook.on_step(StepInfo(done.step, metrics, state if hook.needs_state else None))
+        return metrics
+
+    try:
+        iterator = iter(batches)
+        for step in range(start + 1, total + 1):
+            now = clock()
+            if pending is not None:
+                pending.seconds = now - pending.started
+            try:
+                batch = next(iterator, _NO_BATCH)
+                if batch is _NO_BATCH:
+                    raise ValueError(f"the batches ended before step {step} of {total}")
+                state, step_metrics = step_fn(state, batch)
+            except Exception:
+                if pending is not None:
+                    deliver(pending)
+                raise
+            start_copy(step_metrics)
+            late, pending = pending, _Pending(step, step_metrics, now)
+            if late is not None:
+                deliver(late)
+            if not on_device(step_metrics) or any(hook.needs_state and hook.due(step) for hook in hooks):
+                metrics = deliver(pending, state)
+                pending = None
+        if pending is not None:
+            metrics = deliver(pending)
+        for hook in hooks:
+            if hook.on_end is not None:
+                hook.on_end(StepInfo(max(start, total), metrics, state))
+    finally:
+        for hook in hooks:
+            if hook.close is not None:
+                hook.close()
+    return state

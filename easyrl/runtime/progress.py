@@ -1,0 +1,46 @@
+"""The progress bar: one line, on process 0."""
+
+import sys
+from collections.abc import Mapping
+from typing import TextIO
+
+import jax
+from tqdm import tqdm
+
+from easyrl.runtime.loop import Hook, StepInfo
+
+# In a log file every refresh is one more line, in a terminal it overwrites the last.
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def progress_hook(total: int, show: Mapping[str, str], *, start: int = 0, file: TextIO | None = None) -> Hook:
+    """A bar over steps `start ... total` followed by the metrics in `show`, a mapping from label to metric name.
+
+    `show={"reward": "env/reward_mean", "tok/s": "tokens_per_second"}` gives `reward 0.712, tok/s 5.31k`. A metric a
+    step does not report is left out. Other processes than 0 draw nothing.
+    """
+    file = sys.stderr if file is None else file
+    bar = tqdm(
+        total=total,
+        initial=start,
+        unit="step",
+        file=file,
+        dynamic_ncols=True,
+        mininterval=0.2 if file.isatty() else SECONDS_BETWEEN_LINES,
+        disable=jax.process_index() != 0,
+    )
+
+    def on_step(info: StepInfo) -> None:
+        shown = [f"{label} {short(info.metrics[name])}" for label, name in show.items() if name in info.metrics]
+        bar.set_postfix_str(", ".join(shown), refresh=False)
+        bar.update(info.step - bar.n)
+
+    return Hook(on_step=on_step, close=bar.close)
+
+
+def short(value: float) -> str:
+    """Three significant digits; thousands and millions as k and M."""
+    for size, suffix in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"

@@ -1,0 +1,174 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from easyrl.core.masking import Mean
+from easyrl.runtime.loop import Hook, run_loop
+
+
+@pytest.fixture
+def device_step():
+    """A step whose metrics stay on the device and whose state is donated, as in training."""
+
+    @jax.jit
+    def metrics_of(state, batch):
+        return {"loss": Mean(state * batch, jnp.float32(2)), "tokens": batch}
+
+    add = jax.jit(lambda state, batch: state + batch, donate_argnums=0)
+
+    def step_fn(state, batch):
+        metrics = metrics_of(state, batch)
+        return add(state, batch), metrics
+
+    return step_fn
+
+
+def host_step(state, batch):
+    return state + batch, {"loss": float(state)}
+
+
+def recorder(seen, **options):
+    return Hook(on_step=lambda info: seen.append((info.step, info.metrics.get("loss"), info.state)), **options)
+
+
+def test_steps_are_counted_from_one_and_metrics_belong_to_their_step(device_step):
+    seen = []
+    state = run_loop(jnp.float32(0), [1.0, 2.0, 3.0], device_step, start=0, total=3, hooks=[recorder(seen)])
+    assert float(state) == 6.0
+    # The state before each step is 0, 1, 3; loss = state * batch / 2.
+    assert seen == [(1, 0.0, None), (2, 1.0, None), (3, 4.5, None)]
+
+
+def test_going_on_counts_from_start_and_draws_only_what_it_needs():
+    batches, seen = iter(range(100)), []
+    run_loop(0, batches, host_step, start=7, total=9, hooks=[recorder(seen)])
+    assert [step for step, *_ in seen] == [8, 9]
+    assert next(batches) == 2
+
+
+def test_device_metrics_come_after_the_next_step_was_handed_over(device_step):
+    events = []
+
+    def step_fn(state, batch):
+        events.append(f"call {batch:.0f}")
+        return device_step(state, batch)
+
+    hook = Hook(on_step=lambda info: events.append(f"hook {info.step}"))
+    run_loop(jnp.float32(0), [1.0, 2.0, 3.0], step_fn, start=0, total=3, hooks=[hook])
+    assert events == ["call 1", "call 2", "hook 1", "call 3", "hook 2", "hook 3"]
+
+
+def test_host_metrics_come_at_once():
+    events = []
+
+    def step_fn(state, batch):
+        events.append(f"call {batch}")
+        return state, {"loss": 1.0}
+
+    hook = Hook(on_step=lambda info: events.append(f"hook {info.step}"))
+    run_loop(0, [1, 2], step_fn, start=0, total=2, hooks=[hook])
+    assert events == ["call 1", "hook 1", "call 2", "hook 2"]
+
+
+def test_a_hook_gets_the_state_of_its_own_step_before_the_next_batch_is_drawn(device_step):
+    drawn, seen = [], []
+
+    def batches():
+        for batch in (1.0, 2.0, 3.0, 4.0):
+            drawn.append(batch)
+            yield batch
+
+    def save(info):
+        seen.append((info.step, float(info.state), len(drawn)))  # a donated state could not be read
+
+    hooks = [Hook(on_step=save, every=2, needs_state=True), recorder(others := [])]
+    run_loop(jnp.float32(0), batches(), device_step, start=0, total=4, hooks=hooks)
+    assert seen == [(2, 3.0, 2), (4, 10.0, 4)]
+    assert [(step, state) for step, _, state in others] == [(1, None), (2, None), (3, None), (4, None)]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [5, 6, 7, 8, 9]), (3, [6, 9]), (0, []), (100, [])])
+def test_every_counts_the_run_not_this_start(every, expected):
+    seen = []
+    run_loop(0, itertools.count(), host_step, start=4, total=9, hooks=[recorder(seen, every=every)])
+    assert [step for step, *_ in seen] == expected
+
+
+def test_the_end_has_the_last_state_and_metrics_and_everything_is_closed(device_step):
+    events = []
+    hooks = [
+        Hook(on_end=lambda info: events.append((info.step, float(info.state), info.metrics["loss"]))),
+        Hook(close=lambda: events.append("closed")),
+    ]
+    run_loop(jnp.float32(0), [1.0, 2.0], device_step, start=0, total=2, hooks=hooks)
+    assert events == [(2, 3.0, 1.0), "closed"]
+
+
+def test_a_finished_run_started_again_only_ends():
+    ends = []
+    assert run_loop(5, iter([]), host_step, start=3, total=3, hooks=[Hook(on_end=ends.append)]) == 5
+    assert [(info.step, info.state, info.metrics) for info in ends] == [(3, 5, {})]
+
+
+def test_a_step_that_raises_loses_no_metrics_and_closes_without_ending(device_step):
+    seen, events = [], []
+
+    def step_fn(state, batch):
+        if batch == 3.0:
+            raise RuntimeError("bad reward")
+        return device_step(state, batch)
+
+    hooks = [recorder(seen), Hook(on_end=lambda info: events.append("end"), close=lambda: events.append("closed"))]
+    with pytest.raises(RuntimeError, match="bad reward"):
+        run_loop(jnp.float32(0), [1.0, 2.0, 3.0], step_fn, start=0, total=3, hooks=hooks)
+    assert [step for step, *_ in seen] == [1, 2]
+    assert events == ["closed"]
+
+
+def test_a_hook_that_raises_is_not_called_again(device_step):
+    calls = []
+
+    def full_disk(info):
+        calls.append(info.step)
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        run_loop(jnp.float32(0), [1.0, 2.0, 3.0], device_step, start=0, total=3, hooks=[Hook(on_step=full_disk)])
+    assert calls == [1]
+
+
+def test_too_few_batches_are_an_error_that_names_the_step(device_step):
+    seen = []
+    with pytest.raises(ValueError, match="before step 2 of 5"):
+        run_loop(jnp.float32(0), [1.0], device_step, start=0, total=5, hooks=[recorder(seen)])
+    assert [step for step, *_ in seen] == [1]
+
+
+class Clock:
+    """Time that passes only where the test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def spend(self, seconds):
+        self.now += seconds
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_steps_time_and_speed(on_host):
+    clock, seen = Clock(), []
+
+    def step_fn(state, batch):
+        clock.spend(batch)
+        return state, {"tokens": 100.0 if on_host else jnp.float32(100)}
+
+    slow_save = Hook(on_step=lambda info: clock.spend(1000.0), every=2, needs_state=True)
+    record = Hook(on_step=lambda info: seen.append((info.metrics["time/step"], info.metrics["tokens_per_second"])))
+    run_loop(0, [4.0, 2.0, 5.0], step_fn, start=0, total=3, hooks=[record, slow_save], clock=clock)
+    # The saving after step 2 is nobody's step time.
+    assert seen == [(4.0, 25.0), (2.0, 50.0), (5.0, 20.0)]

@@ -1,0 +1,39 @@
+import io
+
+import jax
+import pytest
+
+from easyrl.runtime.loop import run_loop
+from easyrl.runtime.progress import progress_hook, short
+
+
+def bar_text(show, start=0, total=4):
+    file = io.StringIO()
+    metrics = {"env/reward_mean": 0.71234, "tokens": 5000.0}
+    run_loop(0, iter(range(10)), lambda s, b: (s, dict(metrics)), start=start, total=total,
+             hooks=[progress_hook(total, show, start=start, file=file)])  # fmt: skip
+    return file.getvalue()
+
+
+def test_the_bar_shows_the_chosen_metrics_on_one_line():
+    text = bar_text({"reward": "env/reward_mean", "KL": "objective/kl"})
+    assert "4/4" in text and "reward 0.712" in text
+    assert "KL" not in text  # not reported, not shown
+    assert text.count("\n") == 1
+
+
+def test_a_run_that_goes_on_starts_where_it_stopped():
+    assert "3/4" in bar_text({}, start=3) and "0/4" not in bar_text({}, start=3)
+
+
+def test_only_process_0_draws(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert bar_text({"reward": "env/reward_mean"}) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123456, "0.0123"), (-2.5, "-2.5"), (5312.0, "5.31k"), (2.5e6, "2.5M"), (float("nan"), "nan")],
+)
+def test_numbers_are_short(value, text):
+    assert short(value) == text
