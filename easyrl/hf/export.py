@@ -1,0 +1,166 @@
+"""From sharded arrays to a folder that transformers loads without arguments.
+
+Tensors come to the host one at a time, are written in shards, and the finished folder takes its name in one rename: a
+run that is killed while it exports leaves no half-written model behind.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from easyrl.core.errors import UserError
+from easyrl.hf.families import HEAD_CLASSES, family_of
+from easyrl.hf.fields import read_json
+from easyrl.hf.layout import HFTensor, named_leaves
+from easyrl.hf.model_card import ModelCard, render
+from easyrl.hf.safetensors_io import TensorInfo, plan_shards, write_checkpoint
+from easyrl.models.families import ModelConfig, param_specs
+
+# A field of config.json by which an export is known as ours, so that a later one may replace it.
+MARK = "trained_with"
+
+
+def export_model(
+    directory: str | Path,
+    cfg: ModelConfig,
+    params: dict,
+    head: str = "lm",
+    *,
+    tokenizer=None,
+    generation_config: Mapping[str, Any] | None = None,
+    dtype=None,
+    model_card: ModelCard | None = None,
+    max_shard_bytes: float = 5e9,
+) -> Path:
+    """Write a model as a transformers folder: weights, config.json, tokenizer with chat template, README.md.
+
+    `head` decides the class: `lm` ForCausalLM, `reward` ForSequenceClassification with one label, `value`
+    ForTokenClassification with one label. `params` has the structure of `param_specs(cfg, head)`; `dtype` casts on
+    the way out (default: as they are). `tokenizer` is a transformers tokenizer; its special ids go into config.json.
+    `generation_config` holds how the policy was sampled (temperature, top_k, top_p, eos_token_id, ...); what it
+    leaves out is written as no restriction at all, because transformers would otherwise keep only the 50 likeliest
+    tokens.
+
+    Every process calls this, process 0 writes; the folder is complete when it returns. Raises UserError, before
+    anything is written, when the folder already holds something that is not an earlier export.
+    """
+    directory = Path(directory)
+    _check_replaceable(directory)
+    plan = _plan(cfg, params, head, dtype)
+    shards = plan_shards([info for info, *_ in plan], max_shard_bytes)
+    tensors = (_fetch(leaf, tensor, layer).astype(info.dtype, copy=False) for info, leaf, tensor, layer in plan)
+    if jax.process_index() == 0:
+        beside = directory.with_name(f".{directory.name}.writing")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            write_checkpoint(beside, shards, tensors)
+            _write_texts(beside, cfg, head, plan[0][0].dtype, tokenizer, dict(generation_config or {}), model_card)
+            _replace(directory, beside)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+    else:
+        for _ in tensors:  # gathering a tensor takes every process
+            pass
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"export {directory}")
+    return directory
+
+
+def _plan(cfg: ModelConfig, params: dict, head: str, dtype) -> list[tuple[TensorInfo, jax.Array, HFTensor, int | None]]:
+    """Every tensor to write, in order: what precedes the layers, layer after layer, what follows."""
+    table = family_of(cfg).TENSORS
+    leaves, specs = named_leaves(params), named_leaves(param_specs(cfg, head))
+    if {name: spec.shape for name, spec in specs.items()} != {name: leaf.shape for name, leaf in leaves.items()}:
+        raise ValueError(f"the parameters do not have the structure of a {cfg.hf_type} with the head {head}")
+
+    def entry(name: str, layer: int | None):
+        tensor, leaf = table[name], leaves[name]
+        shape = specs[name].shape if layer is None else specs[name].shape[1:]
+        info = TensorInfo(tensor.name.format(i=layer), tensor.their_shape(shape), np.dtype(dtype or leaf.dtype))
+        return info, leaf, tensor, layer
+
+    names = [name for name in table if name in specs]
+    layered = [name for name in names if table[name].layered]
+    first = names.index(layered[0])
+    before = [entry(name, None) for name in names[:first]]
+    layers = [entry(name, i) for i in range(cfg.num_layers) for name in layered]
+    after = [entry(name, None) for name in names[first:] if not table[name].layered]
+    return before + layers + after
+
+
+def _fetch(leaf: jax.Array, tensor: HFTensor, layer: int | None) -> np.ndarray:
+    """One tensor on the host, in their layout."""
+    if layer is not None:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    whole = jax.device_get(leaf) if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    return tensor.to_theirs(np.asarray(whole))
+
+
+def _write_texts(
+    directory: Path, cfg: ModelConfig, head: str, dtype: np.dtype, tokenizer, generation: dict, card: ModelCard | None
+) -> None:
+    """Everything but the weights."""
+    family = family_of(cfg)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    special |= {key: generation[key] for key in special if key in generation}
+    special = {key: value for key, value in special.items() if value is not None}
+    config = {
+        "architectures": [family.CLASSES[cfg.hf_type] + HEAD_CLASSES[head]],
+        **family.config_to_hf(cfg),
+        **special,
+        "torch_dtype": dtype.name,
+        MARK: "easyrl",
+    }
+    if head != "lm":
+        config |= {"id2label": {"0": head}, "label2id": {head: 0}}
+    if head == "value":
+        config["classifier_dropout"] = 0.0  # transformers' default drops a tenth of the features while training
+    _write_json(directory / "config.json", config)
+    if head == "lm":
+        _write_json(directory / "generation_config.json", generation_json({**special, **generation}))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    text = render(card or ModelCard(title=f"A {cfg.hf_type} model"), head)
+    (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def generation_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json for a policy sampled with `settings`; temperature 0 is greedy decoding."""
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
+    if settings["temperature"] > 0:
+        return {"do_sample": True, **settings}
+    sampling_only = ("temperature", "top_k", "top_p")
+    return {"do_sample": False, **{key: value for key, value in settings.items() if key not in sampling_only}}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Raise UserError when `directory` holds anything but an earlier export."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: is a file, expected a new folder to export to")
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    config = directory / "config.json"
+    if not config.exists() or MARK not in read_json(config):
+        raise UserError(f"{directory}: holds files that are not an earlier export, expected a new or empty folder")
+
+
+def _replace(directory: Path, finished: Path) -> None:
+    """Give `finished` the name `directory`; an earlier export steps aside first and is then removed."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    finished.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""Which module speaks for which model type, and what a folder's JSON files say.
+
+A family is a module with `CLASSES, TRUNK_PREFIX, IGNORED, TENSORS, config_from_hf, config_to_hf` (see `hf/llama.py`).
+Nothing outside this file asks which family a folder or a configuration belongs to.
+"""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from easyrl.core.errors import UserError
+from easyrl.hf import llama
+from easyrl.hf.fields import read_json
+from easyrl.models.families import ModelConfig
+
+FAMILIES: dict[str, ModuleType] = {"llama": llama}
+
+# What follows the class prefix in `architectures`.
+HEAD_CLASSES = {"lm": "ForCausalLM", "reward": "ForSequenceClassification", "value": "ForTokenClassification"}
+
+
+def family_of(cfg: ModelConfig) -> ModuleType:
+    """The module that maps `cfg` to transformers."""
+    return FAMILIES[cfg.family]
+
+
+def config_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
+    """The configuration that a config.json describes; `source` names it in errors."""
+    by_type = {model_type: family for family in FAMILIES.values() for model_type in family.CLASSES}
+    model_type = raw.get("model_type")
+    if model_type not in by_type:
+        raise UserError(f"{source}: model_type is {model_type!r}, expected one of {', '.join(by_type)}")
+    if raw.get("quantization_config") is not None:
+        raise UserError(f"{source}: the weights are quantised (quantization_config), expected float weights")
+    return by_type[model_type].config_from_hf(raw, source)
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The configuration of a transformers folder."""
+    return config_from_hf(read_json(directory / "config.json"), str(directory / "config.json"))
+
+
+def read_stop_ids(directory: Path) -> tuple[int, ...]:
+    """The ids that end a text: `eos_token_id` of generation_config.json, else of config.json, else none."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        ids = read_json(path).get("eos_token_id") if path.exists() else None
+        if ids is None:
+            continue
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise UserError(f"{path}: eos_token_id is {ids}, expected token ids")
+        return tuple(ids)
+    return ()

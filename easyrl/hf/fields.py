@@ -1,0 +1,78 @@
+"""Typed reading of JSON files: a wrong or missing field is one line that names the file and the field."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from easyrl.core.errors import UserError
+
+REQUIRED: Any = object()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError naming the file when it is missing or is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+class Fields:
+    """The fields of one JSON object that came from `source`. A field that is null counts as absent."""
+
+    def __init__(self, raw: Mapping[str, Any], source: str):
+        self.raw = raw
+        self.source = source
+
+    def fail(self, key: str, expected: str) -> UserError:
+        """The error for a field that cannot be used; the caller raises it."""
+        found = f"is {self.raw[key]!r}" if key in self.raw else "is missing"
+        return UserError(f"{self.source}: {key} {found}, expected {expected}")
+
+    def _get(self, key: str, default: Any, kinds: tuple[type, ...], expected: str) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            if default is REQUIRED:
+                raise self.fail(key, expected)
+            return default
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise self.fail(key, expected)
+        return value
+
+    def size(self, key: str, default: Any = REQUIRED) -> int:
+        """A whole number of 1 or more."""
+        value = self._get(key, default, (int,), "a whole number of 1 or more")
+        if value < 1:
+            raise self.fail(key, "a whole number of 1 or more")
+        return value
+
+    def number(self, key: str, default: Any = REQUIRED) -> float:
+        """A number above 0."""
+        value = self._get(key, default, (int, float), "a number above 0")
+        if not value > 0:
+            raise self.fail(key, "a number above 0")
+        return float(value)
+
+    def flag(self, key: str, default: Any = REQUIRED) -> bool:
+        return self._get(key, default, (bool,), "true or false")
+
+    def text(self, key: str, default: Any = REQUIRED) -> str:
+        return self._get(key, default, (str,), "a string")
+
+    def object(self, key: str) -> "Fields | None":
+        """A nested object, None when absent."""
+        value = self._get(key, None, (Mapping,), "an object")
+        return None if value is None else Fields(value, f"{self.source}: {key}")
+
+    def choice(self, key: str, choices: Sequence[str], default: Any = REQUIRED) -> str:
+        """One of a few strings."""
+        value = self.text(key, default)
+        if value not in choices:
+            raise self.fail(key, " or ".join(choices))
+        return value

@@ -1,0 +1,148 @@
+"""From a transformers folder straight into sharded arrays.
+
+Every device's part of every parameter is read from the files on its own: a process reads only what its devices hold,
+and host memory holds one part of one parameter at a time.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.nn.initializers import zeros
+from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
+
+from easyrl.core.errors import UserError
+from easyrl.core.params import ParamSpec, init_params, map_specs, num_params, shardings
+from easyrl.hf.families import family_of
+from easyrl.hf.layout import HFTensor, Slices, named_leaves
+from easyrl.hf.safetensors_io import Checkpoint
+from easyrl.models.families import ModelConfig, param_specs
+
+SCORE, SCORE_BIAS = "score.weight", "score.bias"
+PROGRESS_BYTES = 1e9  # a smaller model loads before a bar would be of use
+
+
+def load_params(
+    directory: Path,
+    cfg: ModelConfig,
+    head: str,
+    mesh: Mesh,
+    dtype,
+    *,
+    new_head: str | None = None,
+    seed: int = 0,
+) -> dict:
+    """The parameters of `param_specs(cfg, head)`, cast to `dtype` and sharded over `mesh`.
+
+    A `reward` or `value` head is `score.weight` (and `score.bias`, zero when absent, for a value) of the checkpoint,
+    so a value model can start from a reward model. When the checkpoint has none, `new_head` says how to start one:
+    `zeros`, or `normal` (the head's own initialiser, drawn from `seed`).
+
+    Raises UserError naming file and tensor when a tensor is missing, left over, or has the wrong shape or type; all of
+    this is known from the files' headers before any weight is read.
+    """
+    checkpoint = Checkpoint(Path(directory))
+    specs = param_specs(cfg, head)
+    sources = _match(checkpoint, cfg, specs, head, new_head)
+    placed = named_leaves(shardings(specs, mesh))
+    total = num_params(specs) * np.dtype(dtype).itemsize
+    quiet = total < PROGRESS_BYTES or jax.process_index() != 0
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {directory}", disable=quiet) as bar:
+
+        def load(name: str, spec: ParamSpec) -> jax.Array:
+            if name in sources:
+                array = _load_leaf(checkpoint, sources[name], spec, placed[name], dtype)
+            else:
+                spec = dataclasses.replace(spec, init=zeros) if new_head == "zeros" else spec
+                array = init_params({name: spec}, jax.random.key(seed), dtype, mesh)[name]
+            bar.update(array.nbytes)
+            return array
+
+        return map_specs(load, specs)
+
+
+def _match(
+    checkpoint: Checkpoint, cfg: ModelConfig, specs: dict, head: str, new_head: str | None
+) -> dict[str, HFTensor]:
+    """The tensor each parameter comes from, all checked; a parameter that starts afresh is not in it."""
+    assert new_head in (None, "zeros", "normal"), new_head
+    family = family_of(cfg)
+    flat = named_leaves(specs)
+    if head == "lm" and SCORE in checkpoint:
+        raise UserError(f"{checkpoint.file(SCORE)}: holds a classifier ({SCORE}), expected a language model")
+    if head != "lm" and SCORE not in checkpoint:
+        if new_head is None:
+            raise UserError(f"{checkpoint.directory}: tensor {SCORE} is missing, expected a {head} model's head")
+        flat = {name: spec for name, spec in flat.items() if not name.startswith("head/")}
+    if SCORE_BIAS not in checkpoint:
+        flat.pop("head/scalar_bias", None)
+
+    sources = {name: family.TENSORS[name] for name in flat}
+    if _is_bare_trunk(checkpoint, family):
+        sources = {name: t._replace(name=t.name.removeprefix(family.TRUNK_PREFIX)) for name, t in sources.items()}
+    expected = set()
+    for name, spec in flat.items():
+        tensor = sources[name]
+        shape = spec.shape[1:] if tensor.layered else spec.shape
+        for i in range(spec.shape[0] if tensor.layered else 1):
+            checkpoint.check(tensor.name.format(i=i), tensor.their_shape(shape))
+            expected.add(tensor.name.format(i=i))
+    _check_left_over(checkpoint, cfg, expected, head)
+    return sources
+
+
+def _is_bare_trunk(checkpoint: Checkpoint, family) -> bool:
+    """Whether the trunk's names lack their prefix, as when the trunk alone was saved."""
+    name = family.TENSORS["embed/tokens"].name
+    return name not in checkpoint and name.removeprefix(family.TRUNK_PREFIX) in checkpoint
+
+
+def _check_left_over(checkpoint: Checkpoint, cfg: ModelConfig, expected: set[str], head: str) -> None:
+    """Raise UserError for tensors that the model has no place for, but for those known to be of no use here."""
+    family = family_of(cfg)
+    harmless = set()
+    if head != "lm" or cfg.tied_embeddings:
+        harmless.add(family.TENSORS["head/kernel"].name)
+    if head == "reward" and SCORE_BIAS in checkpoint:
+        checkpoint.check(SCORE_BIAS, (1,))
+        bias = checkpoint.read(SCORE_BIAS, (slice(0, 1),)).item()
+        if bias != 0:
+            raise UserError(f"{checkpoint.file(SCORE_BIAS)}: {SCORE_BIAS} is {bias}, expected 0: a reward has no bias")
+        harmless.add(SCORE_BIAS)
+    left = sorted(set(checkpoint) - expected - harmless)
+    left = [name for name in left if not re.fullmatch(family.IGNORED, name)]
+    if left:
+        others = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        raise UserError(
+            f"{checkpoint.file(left[0])}: tensor {left[0]}{others} is left over: config.json has no place for it"
+        )
+
+
+def _load_leaf(checkpoint: Checkpoint, tensor: HFTensor, spec: ParamSpec, sharding: NamedSharding, dtype) -> jax.Array:
+    """One parameter, each distinct part read once and given to all the local devices that hold it."""
+    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, part in sharding.addressable_devices_indices_map(spec.shape).items():
+        assert part is not None
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(part, spec.shape, strict=True))
+        devices_of.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in devices_of.items():
+        block = _read_part(checkpoint, tensor, spec.shape, tuple(slice(*b) for b in bounds), dtype)
+        arrays += [jax.device_put(block, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
+
+
+def _read_part(checkpoint: Checkpoint, tensor: HFTensor, shape: tuple[int, ...], part: Slices, dtype) -> np.ndarray:
+    """One part of a parameter, its layers stacked, in our layout and `dtype`."""
+    block = np.empty([s.stop - s.start for s in part], dtype)
+    if not tensor.layered:
+        theirs = checkpoint.read(tensor.name, tensor.their_slices(shape, part))
+        block[...] = tensor.to_ours(theirs, block.shape)
+        return block
+    theirs_part = tensor.their_slices(shape[1:], part[1:])
+    for row, i in zip(block, range(part[0].start, part[0].stop), strict=True):
+        row[...] = tensor.to_ours(checkpoint.read(tensor.name.format(i=i), theirs_part), row.shape)
+    return block

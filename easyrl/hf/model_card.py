@@ -1,0 +1,106 @@
+"""README.md of an exported model."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+# head -> (the Hub's task, the class to load it with, what to do with it)
+_USES = {
+    "lm": (
+        "text-generation",
+        "AutoModelForCausalLM",
+        'inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))",
+    ),
+    "reward": (
+        "text-classification",
+        "AutoModelForSequenceClassification",
+        'inputs = tokenizer(conversation, return_tensors="pt", add_special_tokens=False)\n'
+        "score = model(**inputs).logits[0, 0]  # of the last token: the whole conversation's score",
+    ),
+    "value": (
+        "token-classification",
+        "AutoModelForTokenClassification",
+        'inputs = tokenizer(conversation, return_tensors="pt", add_special_tokens=False)\n'
+        "values = model(**inputs).logits[0, :, 0]  # the return expected after each token",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What there is to say about a trained model.
+
+    `hyperparameters` are listed as given, in the words such cards use: learning_rate, total_train_batch_size,
+    optimizer, lr_scheduler_type, lr_scheduler_warmup_ratio, num_epochs, KL penalty coefficient. `input_format` is an
+    example of a prompt as the model saw it, newlines and all; `metrics` are those reached at the end of training.
+    """
+
+    title: str
+    summary: str = ""
+    method: str = ""
+    base_model: str = ""
+    reward_model: str = ""
+    datasets: tuple[str, ...] = ()
+    input_format: str = ""
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def render(card: ModelCard, head: str) -> str:
+    """The card as Markdown with the Hub's YAML front matter; `head` is `lm`, `reward` or `value`."""
+    task, auto_class, use = _USES[head]
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
+    front["tags"] = ["easyrl", *([card.method.lower()] if card.method else [])]
+    # The Hub takes ids of its own only; folders on the trainer's disk are named in the text.
+    if _is_hub_id(card.base_model):
+        front["base_model"] = card.base_model
+    if datasets := [name for name in card.datasets if _is_hub_id(name)]:
+        front["datasets"] = datasets
+    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {card.title}"]
+    if card.summary:
+        parts.append(card.summary)
+    parts.append(_bullets(
+        {
+            "Trained with": "easyrl" + (f", {card.method}" if card.method else ""),
+            "Base model": card.base_model,
+            "Reward model": card.reward_model,
+            "Data": ", ".join(card.datasets),
+        }
+    ))  # fmt: skip
+    if card.input_format:
+        parts.append(_input_format(card.input_format))
+    if card.hyperparameters:
+        parts.append("## Training hyperparameters\n\n" + _bullets(card.hyperparameters))
+    if card.metrics:
+        rows = "\n".join(f"| {name} | {_show(value)} |" for name, value in card.metrics.items())
+        parts.append(f"## Metrics at the end of training\n\n| metric | value |\n| --- | ---: |\n{rows}")
+    parts.append(
+        "## How to load it\n\n```python\n"
+        f"from transformers import {auto_class}, AutoTokenizer\n\n"
+        f"model = {auto_class}.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n{use}\n```"
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _input_format(example: str) -> str:
+    text = f"## Input format\n\n```\n{example.rstrip(chr(10))}\n```"
+    last_line = example.rstrip("\n").rsplit("\n", 1)[-1]
+    if example.endswith("\n"):
+        text += f"\n\n**Mind the newline after `{last_line}`**: the model was trained with it and does worse without."
+    return text
+
+
+def _bullets(facts: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {name}: {_show(value)}" for name, value in facts.items() if value != "")
+
+
+def _show(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None

@@ -1,0 +1,132 @@
+"""Safetensors files: a checkpoint of one or many files read slice by slice, and written shard by shard."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  (teaches numpy bfloat16, before safetensors looks for it)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from easyrl.core.errors import UserError
+from easyrl.hf.fields import read_json
+from easyrl.hf.layout import Slices
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Checkpoint:
+    """The tensors of a folder with model.safetensors, or with an index and its shards.
+
+    Opening it reads the files' headers only. Raises UserError naming the file that is missing, cut short or not a
+    safetensors file, and the tensor that a shard lacks.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._slices: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
+        for path, expected in _files(directory):
+            try:
+                file = safe_open(path, framework="numpy")
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            except FileNotFoundError:
+                raise UserError(f"{path}: no such file, though {INDEX} names it") from None
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: cut short or not a safetensors file ({error})") from None
+            for name in expected - slices.keys():
+                raise UserError(f"{path}: tensor {name} is missing, though {INDEX} says it is here")
+            self._slices |= slices
+            self._files |= dict.fromkeys(slices, path)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._slices
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slices)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name]
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise UserError unless the tensor `name` is there, of float type and of this shape."""
+        if name not in self:
+            raise UserError(f"{self.directory}: tensor {name} is missing, expected shape {list(shape)}")
+        found = tuple(self._slices[name].get_shape())
+        if found != shape:
+            raise UserError(
+                f"{self.file(name)}: tensor {name} has shape {list(found)}, expected {list(shape)} from config.json"
+            )
+        dtype = self._slices[name].get_dtype()
+        if dtype not in FLOATS:
+            raise UserError(f"{self.file(name)}: tensor {name} has type {dtype}, expected one of {', '.join(FLOATS)}")
+
+    def read(self, name: str, slices: Slices) -> np.ndarray:
+        """One slice of a tensor; nothing else of it is copied into memory."""
+        return self._slices[name][slices]
+
+
+def _files(directory: Path) -> list[tuple[Path, set[str]]]:
+    """The folder's weight files, each with the tensors that the index promises in it."""
+    if (directory / WEIGHTS).exists():
+        return [(directory / WEIGHTS, set())]
+    if not (directory / INDEX).exists():
+        others = sorted(path.name for pattern in ("*.bin", "*.safetensors") for path in directory.glob(pattern))
+        found = f"found only {', '.join(others[:3])}" if others else "found no weights"
+        raise UserError(f"{directory}: {found}, expected {WEIGHTS} or {INDEX}")
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{directory / INDEX}: weight_map is missing, expected an object from tensor to file")
+    expected: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        expected.setdefault(str(file), set()).add(tensor)
+    return [(directory / file, tensors) for file, tensors in sorted(expected.items())]
+
+
+class TensorInfo(NamedTuple):
+    """A tensor that is about to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def plan_shards(infos: Iterable[TensorInfo], max_bytes: float) -> list[list[TensorInfo]]:
+    """The tensors in their order, cut into runs of at most `max_bytes`; a larger tensor gets a run of its own."""
+    shards: list[list[TensorInfo]] = []
+    room = 0.0
+    for info in infos:
+        if not shards or info.nbytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(info)
+        room -= info.nbytes
+    return shards
+
+
+def write_checkpoint(directory: Path, shards: list[list[TensorInfo]], tensors: Iterable[np.ndarray]) -> None:
+    """Write `tensors`, which come in the order of the plan; one shard is in memory at a time.
+
+    One shard becomes model.safetensors; several become numbered files and an index.
+    """
+    tensors = iter(tensors)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # safetensors writes a numpy array's memory as it lies, whatever its strides say
+        arrays = {info.name: np.ascontiguousarray(next(tensors)) for info in shard}
+        save_file(arrays, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(arrays, file)
+    if len(shards) > 1:
+        total = sum(info.nbytes for shard in shards for info in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
