@@ -1,0 +1,324 @@
+"""Configuration: one frozen dataclass a script, from which flags, YAML files and --help are derived.
+
+    @dataclass(frozen=True)
+    class OptimizerConfig:
+        lr: float = flag(1e-6, "Peak learning rate.")
+
+    @dataclass(frozen=True)
+    class Config:
+        '''Trains a model.'''
+        total_steps: int = flag(100, "Optimiser steps.")
+        optimizer: OptimizerConfig = flag(OptimizerConfig(), "The policy's optimiser.")
+
+    if __name__ == "__main__":
+        run(main, Config)
+
+gives `--total_steps` and `--optimizer.lr`. A value comes from the dataclass default, over it the YAML file that
+--config names, over that the command line. Text becomes a value in one place (`parse_value`), wherever it was written,
+so `1e-6`, which YAML reads as a string, is a number. A config class may check itself in `__post_init__` and raise
+UserError.
+"""
+
+import dataclasses
+import difflib
+import math
+import shutil
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import absl.flags
+import absl.logging
+import yaml
+
+from easyrl.core.errors import UserError
+from easyrl.core.files import write_atomic
+
+T = TypeVar("T")
+
+EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+BOOLS = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True) | dict.fromkeys(
+    ("false", "f", "no", "n", "off", "0"), False
+)
+
+
+class FlagSpec(NamedTuple):
+    """One flag: what is known of it from the config class alone."""
+
+    name: str  # dotted, as in optimizer.lr
+    type: type  # int, float, bool or str
+    default: Any
+    help: str
+    choices: tuple = ()  # empty: any value
+    group_help: str = ""  # help of the nested config that the flag belongs to
+
+    @property
+    def group(self) -> str:
+        """The dotted name of the nested config that the flag belongs to, empty at the top."""
+        return self.name.rpartition(".")[0]
+
+
+CONFIG_SPEC = FlagSpec("config", str, "", "YAML file of flag values, nested or with dotted keys. Flags win over it.")
+
+
+def flag(default: T, help: str, choices: Iterable[T] = ()) -> T:
+    """A dataclass field that is a flag, or a group of flags when `default` is itself a config.
+
+    `help` says what the value does, in which unit, and what an empty or zero value means. `choices`, if given, are the
+    only values accepted.
+    """
+    field: Any = dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices)})
+    return field
+
+
+def _fields(config_class: type) -> Iterator[tuple[dataclasses.Field, type]]:
+    """The fields of a config class with their types. Raises TypeError for one that no flag can express."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
+        if field.default is dataclasses.MISSING or not (kind in EXPECTED or dataclasses.is_dataclass(kind)):
+            where = f"{config_class.__name__}.{field.name}"
+            raise TypeError(f"{where}: expected an int, float, str, bool or config, with a default")
+        yield field, kind
+
+
+def flag_specs(config_class: type) -> list[FlagSpec]:
+    """Every flag that a config class gives, in the order of its fields."""
+
+    def walk(config_class: type, prefix: str, defaults: Any, group_help: str) -> Iterator[FlagSpec]:
+        for field, kind in _fields(config_class):
+            default = field.default if defaults is None else getattr(defaults, field.name)
+            text = field.metadata.get("help", "")
+            if dataclasses.is_dataclass(kind):
+                yield from walk(kind, f"{prefix}{field.name}.", default, text)
+            else:
+                choices = field.metadata.get("choices", ())
+                yield FlagSpec(prefix + field.name, kind, kind(default), text, choices, group_help)
+
+    return list(walk(config_class, "", None, ""))
+
+
+def parse_value(spec: FlagSpec, text: str) -> Any:
+    """The value of a flag from its text. Raises ValueError that says what was expected."""
+    value: Any = text
+    try:
+        if spec.type is bool:
+            value = BOOLS[text.strip().lower()]
+        elif spec.type is float:
+            value = float(text.replace(".inf", "inf"))  # .inf is YAML's spelling
+        elif spec.type is int:
+            value = int(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"expected {EXPECTED[spec.type]}") from None
+    if spec.type is float and math.isnan(value):
+        raise ValueError("expected a number")
+    if spec.choices and value not in spec.choices:
+        raise ValueError(f"expected one of {', '.join(map(str, spec.choices))}")
+    return value
+
+
+def load_config(config_class: type[T], argv: Sequence[str]) -> T:
+    """The config that a command line asks for: defaults, then the YAML file of --config, then flags.
+
+    Args:
+      config_class: a frozen dataclass whose fields are made by `flag`.
+      argv: the command line without the program's name.
+
+    Raises UserError for a flag, key, value or file that cannot be used. Prints help and exits for --help.
+    """
+    specs = {spec.name: spec for spec in (CONFIG_SPEC, *flag_specs(config_class))}
+    if not {"--help", "-help", "-h"}.isdisjoint(argv):
+        print(help_text(config_class))
+        raise SystemExit(0)
+    given = _parse_flags(specs, argv)
+    path = given.pop("config", "")
+    del specs["config"]
+    values = {name: spec.default for name, spec in specs.items()}
+    values |= _read_yaml(specs, path) if path else {}
+    return _build(config_class, values | given)
+
+
+def _build(config_class: type[T], values: dict[str, Any], prefix: str = "") -> T:
+    return config_class(
+        **{
+            field.name: _build(kind, values, f"{prefix}{field.name}.")
+            if dataclasses.is_dataclass(kind)
+            else values[prefix + field.name]
+            for field, kind in _fields(config_class)
+        }
+    )
+
+
+class _Parser(absl.flags.ArgumentParser):
+    """Has absl read a flag's text by our rules."""
+
+    def __init__(self, spec: FlagSpec):
+        self.spec = spec
+
+    def parse(self, argument: str) -> Any:
+        return parse_value(self.spec, argument)
+
+
+def _parse_flags(specs: dict[str, FlagSpec], argv: Sequence[str]) -> dict[str, Any]:
+    """The values of the flags that are present in `argv`."""
+    import mlxu  # takes a second: it imports wandb
+
+    mlxu.define_flags_with_default(**{spec.name: (spec.default, spec.help) for spec in specs.values()})
+    # mlxu defines flags in absl's process-wide registry. They move to one of their own, so that nothing outlives the
+    # call, configs cannot collide, and absl's own flags do not pass for ours.
+    registry = absl.flags.FlagValues()
+    for spec in specs.values():
+        registry[spec.name] = absl.flags.FLAGS[spec.name]
+        delattr(absl.flags.FLAGS, spec.name)
+        registry[spec.name].parser = _Parser(spec)
+    try:
+        _, *positional = registry(["", *argv])
+    except absl.flags.UnrecognizedFlagError as error:
+        raise UserError(f"unknown flag --{error.flagname}{_did_you_mean(error.flagname, specs, '--')}") from None
+    except (absl.flags.Error, ValueError) as error:
+        raise UserError(str(error).removeprefix("flag ")) from None
+    if positional:
+        raise UserError(f"unexpected argument {positional[0]!r}: a flag is written --name=value")
+    return {name: registry[name].value for name in specs if registry[name].present}
+
+
+def _read_yaml(specs: dict[str, FlagSpec], path: str) -> dict[str, Any]:
+    """The values in a YAML file, by flag name."""
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"--config={path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config={path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    groups = {name[:end] for name in specs for end, letter in enumerate(name) if letter == "."}
+    values: dict[str, Any] = {}
+
+    # Nodes rather than loaded objects: they know their line and the text as it was written, and show a repeated key.
+    def read(node: yaml.Node, prefix: str) -> None:
+        if _is_null(node):
+            return
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{at(node)}: expected `flag: value` lines, found {found(node)}")
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"{at(key)}: expected the name of a flag, found {found(key)}")
+            name = prefix + key.value
+            if name in groups:
+                read(value, f"{name}.")
+            elif name not in specs:
+                raise UserError(f"{at(key)}: unknown key {name}{_did_you_mean(name, specs)}")
+            elif name in values:
+                raise UserError(f"{at(key)}: {name} is given twice")
+            elif not isinstance(value, yaml.ScalarNode) or _is_null(value):
+                raise UserError(f"{at(key)}: {name}: expected {EXPECTED[specs[name].type]}, found {found(value)}")
+            else:
+                try:
+                    values[name] = parse_value(specs[name], value.value)
+                except ValueError as error:
+                    raise UserError(f"{at(key)}: {name}={value.value}: {error}") from None
+
+    def at(node: yaml.Node) -> str:
+        return f"--config={path}, line {node.start_mark.line + 1}"
+
+    def found(node: yaml.Node) -> str:
+        if _is_null(node):
+            return "nothing"
+        return {"mapping": "a map", "sequence": "a list"}.get(node.id, repr(node.value))
+
+    if root is not None:
+        read(root, "")
+    return values
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return node.tag == "tag:yaml.org,2002:null"
+
+
+def _did_you_mean(name: str, names: Iterable[str], dashes: str = "") -> str:
+    """`: did you mean ...?` with the names that come close to `name` or end in it, or nothing."""
+    close = [known for known in names if known.endswith(f".{name}")] or difflib.get_close_matches(name, names, 2)
+    return f": did you mean {' or '.join(dashes + known for known in close)}?" if close else ""
+
+
+def help_text(config_class: type) -> str:
+    """What --help prints: usage, the first paragraph of the class docstring, and every flag by group."""
+    main_spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {main_spec.name}" if main_spec else Path(sys.argv[0]).name
+    width = min(shutil.get_terminal_size().columns, 100)
+    lines = [f"usage: {program} [--config=FILE.yaml] [--FLAG=VALUE ...]", ""]
+    # dataclass writes a signature where a class has no docstring.
+    if config_class.__doc__ and not config_class.__doc__.startswith(f"{config_class.__name__}("):
+        lines += [*textwrap.wrap(config_class.__doc__.split("\n\n")[0], width), ""]
+
+    sections: dict[str, list[FlagSpec]] = {}
+    for spec in (CONFIG_SPEC, *flag_specs(config_class)):
+        sections.setdefault(spec.group, []).append(spec)
+    for group, specs in sections.items():
+        lines.append(": ".join(filter(None, (group or "flags", specs[0].group_help))))
+        for spec in specs:
+            default = f'"{spec.default}"' if spec.type is str else str(spec.default).lower()
+            head = f"  --{'[no]' if spec.type is bool else ''}{spec.name}  {spec.type.__name__}, default {default}"
+            if spec.choices:
+                head += f", one of {', '.join(map(str, spec.choices))}"
+            lines += textwrap.wrap(head, width, subsequent_indent=" " * 8, break_on_hyphens=False)
+            lines += textwrap.wrap(spec.help, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested dicts of plain values."""
+    return dataclasses.asdict(config)
+
+
+def save_yaml(config: Any, path: str | Path) -> None:
+    """Writes a config, in one piece or not at all, so that giving the file back as --config repeats the run.
+
+    `output_dir` is left out: a repeated run is a new run, with a folder of its own.
+    """
+    values = {name: value for name, value in to_dict(config).items() if name != "output_dir"}
+    header = "# Every flag of an easyrl run, as resolved. Give this file back as --config to repeat the run.\n"
+    with write_atomic(path) as part:
+        part.write_text(header + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def run(main: Callable[[T], Any], config_class: type[T]) -> NoReturn:
+    """Runs a script: reads the command line into `config_class`, calls `main(config)` and exits.
+
+    Exit status 0, or 2 after one line on stderr for a UserError, or 130 after one line when interrupted. Any other
+    exception is a fault of ours and keeps its traceback.
+    """
+
+    def parse(argv: list[str]) -> T:
+        # absl would otherwise read its own flags and show the info messages of the libraries that log through it.
+        absl.flags.FLAGS.mark_as_parsed()
+        absl.logging.set_verbosity(absl.logging.WARNING)
+        return load_config(config_class, argv[1:])
+
+    def call(config: T) -> None:
+        main(config)  # what it returns is not an exit status
+
+    try:
+        import mlxu
+
+        mlxu.run(call, flags_parser=parse)
+    except UserError as error:
+        _exit(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    raise SystemExit(0)
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    """Ends the process with one line on stderr, below whatever was being printed."""
+    sys.stdout.flush()
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
+    print(f"easyrl: {message}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,33 @@
+"""Files that are either whole or absent."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def write_atomic(path: str | Path) -> Iterator[Path]:
+    """A path to write a file to, renamed to `path` once the block ends and the bytes are on the disk.
+
+    A reader, also after a kill or a power cut, finds the earlier file or the whole new one. When the block raises,
+    `path` is as it was and the part written so far is removed.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.tmp")
+    try:
+        yield part
+        sync(part)
+        os.replace(part, path)
+        sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
