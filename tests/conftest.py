@@ -1,0 +1,30 @@
+"""What every test stands on: eight virtual CPU devices, child processes that find this checkout, optional real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+DEVICES = 8
+
+# All of this is fixed the moment JAX starts, so it is set before any test module can import it. JAX_PLATFORMS given
+# from outside stands: `JAX_PLATFORMS=cuda pytest -m hardware` runs the hardware tests.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={DEVICES} {os.environ.get('XLA_FLAGS', '')}".strip()
+    )
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
+# Nothing a test does may reach for a network.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real models and data sets, if any: $EASYRL_TEST_DATA, or shared/data beside the checkout."""
+    given = os.environ.get("EASYRL_TEST_DATA")
+    path = Path(given) if given else REPO.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"needs real models and data: {path} is not there, and EASYRL_TEST_DATA can name another folder")
+    return path

@@ -1,0 +1,96 @@
+"""A flag exists only if something reads it, and says what it does.
+
+These tests read syntax trees: a flag is a class field whose default is a call of `flag`.
+"""
+
+import ast
+from typing import NamedTuple
+
+import pytest
+
+from tests.source import modules
+
+
+class Field(NamedTuple):
+    module: str
+    config: str
+    name: str
+    call: ast.Call
+
+    def __str__(self):
+        return f"{self.module}.{self.config}.{self.name}"
+
+
+def config_classes():
+    for module, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and any(True for _ in fields_of(module, node)):
+                yield module, node
+
+
+def fields_of(module, node):
+    for item in node.body:
+        call = item.value if isinstance(item, ast.AnnAssign) else None
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("flag", "config.flag"):
+            yield Field(module, node.name, ast.unparse(item.target), call)
+
+
+def all_fields():
+    return [field for module, node in config_classes() for field in fields_of(module, node)]
+
+
+def attributes_read():
+    """Names of all attributes loaded anywhere, but for the checks that a config makes on itself."""
+    checks = {
+        id(node)
+        for _, config in config_classes()
+        for method in config.body
+        if isinstance(method, ast.FunctionDef) and method.name == "__post_init__"
+        for node in ast.walk(method)
+    }
+    return {
+        node.attr
+        for tree in modules().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in checks
+    }
+
+
+def help_of(call: ast.Call) -> str:
+    arguments = [*call.args[1:2], *(word.value for word in call.keywords if word.arg == "help")]
+    if len(arguments) != 1:
+        return ""
+    try:
+        return str(ast.literal_eval(arguments[0]))
+    except ValueError:
+        pytest.fail(f"line {call.lineno}: the help text of a flag is a literal")
+
+
+def test_there_are_flags():
+    assert len(all_fields()) > 3
+
+
+def test_every_flag_is_read_by_something():
+    read = attributes_read()
+    unread = [str(field) for field in all_fields() if field.name not in read]
+    assert not unread, unread
+
+
+def test_every_flag_has_a_help_text_that_is_a_sentence():
+    poor = [
+        str(field) for field in all_fields() if len(help_of(field.call)) < 10 or help_of(field.call)[-1] not in ".)"
+    ]
+    assert not poor, poor
+
+
+def test_configs_are_frozen_dataclasses():
+    loose = [
+        f"{module}.{node.name}"
+        for module, node in config_classes()
+        if not any("dataclass(frozen=True)" in ast.unparse(decorator) for decorator in node.decorator_list)
+    ]
+    assert not loose, loose
+
+
+def test_no_config_declares_the_flag_that_every_script_has():
+    assert [str(field) for field in all_fields() if field.name == "config"] == []
