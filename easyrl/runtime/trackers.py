@@ -69,7 +69,7 @@ def tracker_hooks(trackers: Sequence[Tracker], log_freq: int) -> list[Hook]:
 
 
 class JsonlTracker:
-    """metrics.jsonl, one object a step, and samples.jsonl, one object a sample; see `JsonlWriter` for what a resume does."""
+    """metrics.jsonl, one object a step, and samples.jsonl, one object a sample; `JsonlWriter` says how they go on."""
 
     def __init__(self, run: RunDir, start: int = 0):
         self._metrics = JsonlWriter(run.metrics, start)
@@ -128,9 +128,9 @@ class WandbTracker:
         self._run.log({"step": step} | metrics)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        columns = list(dict.fromkeys(name for sample in samples for name in sample))
-        rows = [[sample.get(name) for name in columns] for sample in samples]
-        self._run.log({"step": step, "samples": self._table(columns=columns, data=rows, allow_mixed_types=True)})
+        names = dict.fromkeys(name for sample in samples for name in sample)
+        rows = [[sample.get(name) for name in names] for sample in samples]
+        self._run.log({"step": step, "samples": self._table(columns=[*names], data=rows, allow_mixed_types=True)})
 
     def close(self) -> None:
         self._run.finish()

@@ -21,9 +21,14 @@ def test_a_folder_replaces_the_earlier_one_as_a_whole(tmp_path):
 def test_a_folder_that_raises_leaves_the_earlier_one_and_no_litter(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "weights").write_text("good")
-    with pytest.raises(RuntimeError), atomic_dir(tmp_path / "hf") as part:
-        (part / "weights").write_text("ba")
-        raise RuntimeError
+
+    def write():
+        with atomic_dir(tmp_path / "hf") as part:
+            (part / "weights").write_text("ba")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        write()
     assert (tmp_path / "hf" / "weights").read_text() == "good"
     assert names(tmp_path) == ["hf"]
 

@@ -10,8 +10,8 @@ from easyrl.runtime.progress import progress_hook, short
 def bar_text(show, start=0, total=4):
     file = io.StringIO()
     metrics = {"env/reward_mean": 0.71234, "tokens": 5000.0}
-    run_loop(0, iter(range(10)), lambda s, b: (s, dict(metrics)), start=start, total=total,
-             hooks=[progress_hook(total, show, start=start, file=file)])  # fmt: skip
+    hook = progress_hook(total, show, start=start, file=file)
+    run_loop(0, range(10), lambda state, batch: (state, metrics), start=start, total=total, hooks=[hook])
     return file.getvalue()
 
 

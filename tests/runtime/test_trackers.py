@@ -40,8 +40,9 @@ def test_a_run_leaves_its_metrics_and_samples(run):
 
 def test_log_freq_is_for_the_other_trackers(run):
     class Other:
-        logged: list = []
-        closed = False
+        def __init__(self):
+            self.logged = []
+            self.closed = False
 
         def log(self, step, metrics):
             self.logged.append(step)
