@@ -1,0 +1,165 @@
+"""A dataset as flags describe it, tokenised and ready for random access."""
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from easyrl.core.config import flag
+from easyrl.core.errors import UserError
+from easyrl.data.formats import EXPECTED
+from easyrl.data.messages import BadRow
+from easyrl.data.readers import OnBad, Row, Source, open_source, parse_mixture, refuse
+from easyrl.data.report import DataReport, table
+from easyrl.data.sequences import Encoder, Limits, Sample, TokenSequence
+from easyrl.data.store import VERSION, Store, open_store, write_store
+from easyrl.data.templates import Template
+from easyrl.data.tokenizer import fingerprint
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Where rows come from, and how they are cut and batched."""
+
+    path: str = flag(
+        "",
+        "File (.jsonl, .jsonl.gz, .json, .parquet), folder or hub id (owner/name or owner/name/config) of the data. "
+        "Several with commas: A,B uses all rows of both; A:0.7,B:0.3 draws from them with these weights.",
+    )
+    split: str = flag(
+        "", "Part of the data: the name of a split, a slice of rows, or both, as in train, [2048:] or test[:100]."
+    )
+    seq_length: int = flag(1024, "Tokens that a sample may have: a prompt with its answer, or a prompt alone for PPO.")
+    max_prompt_length: int = flag(
+        0, "Tokens that the prompt of a sample may have; 0: as many as the answer leaves, at least half."
+    )
+    batch_size: int = flag(32, "Samples in one batch, over all devices. A pair is one sample.")
+    shuffle: bool = flag(True, "Visit the rows in a new random order in every epoch.")
+    remove_truncated_samples: bool = flag(
+        False, "Leave out samples that would have to be cut, instead of cutting them."
+    )
+    skip_bad_rows: bool = flag(False, "Leave out and count rows that cannot be used, instead of stopping at the first.")
+    num_workers: int = flag(0, "Processes that tokenise; 0: one for each core when there is enough to do.")
+    cache_dir: str = flag("", "Folder for tokenised data; empty: $EASYRL_CACHE, or else ~/.cache/easyrl.")
+
+    def __post_init__(self) -> None:
+        for name, least in (("seq_length", 1), ("max_prompt_length", 0), ("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: found {getattr(self, name)}, expected {least} or more")
+
+
+class Dataset:
+    """The samples of one or several stores as one list, for random access."""
+
+    def __init__(self, stores: list[Store], weights: list[float] | None):
+        self.stores = stores
+        self.weights = weights  # None: every sample once an epoch
+        self.per_sample = stores[0].per_sample
+        self.sizes = [len(store) for store in stores]
+        self._ends = np.cumsum(self.sizes)
+        self.lengths: np.ndarray = np.concatenate([store.lengths for store in stores])  # int32 [sequences]
+        self.values: np.ndarray = np.concatenate([store.values for store in stores])  # float32 [samples]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def sequences(self, index: int) -> list[TokenSequence]:
+        """The sequences of sample `index`: one, or chosen and rejected."""
+        store, index = self._find(index)
+        return [store.sequence(index * self.per_sample + side) for side in range(self.per_sample)]
+
+    def columns(self, index: int) -> dict[str, Any]:
+        """The other columns of the row that sample `index` was made from."""
+        store, index = self._find(index)
+        return store.columns(index)
+
+    def _find(self, index: int) -> tuple[Store, int]:
+        which = bisect_right(self._ends, index)
+        return self.stores[which], index - int(self._ends[which]) + self.sizes[which]
+
+    def summary(self) -> str:
+        """A table of what became of the rows of each dataset."""
+        return "\n".join(table(store.report.name, store.report.lines()) for store in self.stores)
+
+
+def load_dataset(config: DatasetConfig, kind: str, template: Template, name: str = "train_dataset") -> Dataset:
+    """Reads, tokenises and caches the data that `config` names; a second call finds it in the cache.
+
+    Args:
+      config: what the flags say; `name` is the group of flags they belong to, for complaints.
+      kind: sft, pair, labelled or prompt (see `easyrl.data.formats`).
+      template: the chat format, with its tokenizer.
+
+    Raises UserError, one line that names flag, file and row, for anything that cannot be used.
+    """
+    limits = Limits(config.seq_length, config.max_prompt_length, config.remove_truncated_samples)
+    try:
+        encoder = Encoder(kind, template, limits)
+        parts = parse_mixture(config.path)
+        stores = [_load(open_source(path, config.split), encoder, config) for path, _ in parts]
+    except UserError as error:
+        raise UserError(f"--{name}: {error}") from None
+    weights = [weight for _, weight in parts if weight is not None]
+    return Dataset(stores, weights or None)
+
+
+def _load(source: Source, encoder: Encoder, config: DatasetConfig) -> Store:
+    per_sample = 2 if encoder.kind == "pair" else 1
+    key = (
+        VERSION,
+        source.fingerprint,
+        encoder.kind,
+        encoder.limits,
+        encoder.template.jinja,
+        fingerprint(encoder.template.tokenizer),
+        config.skip_bad_rows,
+    )
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()
+    cache = config.cache_dir or os.environ.get("EASYRL_CACHE") or "~/.cache/easyrl"
+    folder = Path(cache).expanduser() / "data" / f"{encoder.kind}-{digest[:32]}"
+    store = open_store(folder)
+    if store is None:
+        report = DataReport(source.path)
+        on_bad: OnBad = report.skip if config.skip_bad_rows else refuse
+        store = write_store(folder, _samples(source, encoder, report, on_bad), report, per_sample)
+    store.report.name = source.path
+    if not len(store):
+        raise UserError(
+            f"{source.path}: found no row to use ({_what_happened(store.report)}), expected {EXPECTED[encoder.kind]}"
+        )
+    return store
+
+
+def _samples(source: Source, encoder: Encoder, report: DataReport, on_bad: OnBad) -> Iterator[Sample]:
+    def counted() -> Iterator[Row]:
+        for row in source.rows(on_bad):
+            report.rows += 1
+            yield row
+
+    rows = tqdm(
+        counted(), desc=f"tokenising {Path(source.path).name}", unit=" rows", total=source.num_rows, disable=None
+    )
+    yield from encode_rows(rows, encoder, on_bad)
+
+
+def encode_rows(rows: Iterable[Row], encoder: Encoder, on_bad: OnBad) -> Iterator[Sample]:
+    """The samples of `rows`, in their order. A row that cannot be used goes to `on_bad`, which may raise it."""
+    for row in rows:
+        try:
+            samples = encoder.encode(row)
+        except BadRow as error:
+            on_bad(error.at(row.where))
+        else:
+            yield from samples
+
+
+def _what_happened(report: DataReport) -> str:
+    left_out = dict(report.skipped) | ({"too long": report.too_long} if report.too_long else {})
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    return f"{report.rows} rows read" + (f", left out: {reasons}" if reasons else "")

@@ -1,0 +1,297 @@
+"""Reads rows from files, folders and the Hugging Face hub, one at a time, each with the place it came from.
+
+A path is a file (.jsonl, .jsonl.gz, .json, .parquet), a folder that `datasets.save_to_disk` wrote, a folder of such
+files, or a hub id (`owner/name`, `owner/name/config`). Whatever is wrong with a file or one of its rows is one
+UserError that names both. Only a .json list is held in memory as a whole.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from easyrl.core.errors import UserError
+from easyrl.data.messages import BadRow, show
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+SPLIT = re.compile(r"(?P<name>[\w.\-]*)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
+PARQUET_ROWS = 256  # rows decoded at a time
+
+
+class Row(NamedTuple):
+    """A row and its place: `train.jsonl line 7`, or `train.parquet row 7` where there are no lines; from 1."""
+
+    where: str
+    value: Any
+
+
+class Split(NamedTuple):
+    """A part of a dataset: the rows [start, stop) of the split `name` (empty: the only one there is)."""
+
+    name: str
+    start: int = 0
+    stop: int | None = None
+
+
+def parse_split(text: str) -> Split:
+    """Reads `train`, `train[:2048]` or `[2048:]`, the slice being of rows counted from 0."""
+    match = SPLIT.fullmatch(text.strip())
+    if match is None:
+        expected = "a name, a slice of rows, or both, as in train, [2048:] or train[:2048]"
+        raise UserError(f"split {text!r}: expected {expected}")
+    start, stop = match["start"], match["stop"]
+    return Split(match["name"], int(start or 0), int(stop) if stop else None)
+
+
+def parse_mixture(text: str) -> list[tuple[str, float | None]]:
+    """Reads `a.jsonl:0.7,b.jsonl:0.3` into paths and weights that sum to 1, or None for each if no weight is given."""
+    items = [text] if Path(text).exists() else [item.strip() for item in text.split(",")]
+    paths, weights = [], []
+    for item in items:
+        head, colon, tail = item.rpartition(":")
+        weighted = bool(colon and re.fullmatch(r"[\d.]+(e-?\d+)?", tail)) and not Path(item).exists()
+        paths.append(head if weighted else item)
+        weights.append(_weight(item, tail) if weighted else None)
+    if not all(paths):
+        raise UserError(f"{text!r}: found an empty path, expected FILE,FILE or FILE:WEIGHT,FILE:WEIGHT")
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return [(path, None) for path in paths]
+    if len(given) < len(paths):
+        raise UserError(f"{text!r}: found weights for {len(given)} of {len(paths)} datasets, expected all or none")
+    return [(path, weight / sum(given)) for path, weight in zip(paths, given, strict=True)]
+
+
+def _weight(item: str, text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if weight <= 0:
+        raise UserError(f"{item!r}: found weight {text}, expected a number above 0")
+    return weight
+
+
+OnBad = Callable[[BadRow], None]
+
+
+def refuse(error: BadRow) -> None:
+    """What to do with a bad row by default: stop."""
+    raise error
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset, opened: where it is, what it holds, and a fingerprint of its contents."""
+
+    path: str
+    split: Split
+    fingerprint: str  # changes whenever a byte of the data or the choice of rows does
+    num_rows: int | None  # None: not known before reading
+    _read: Callable[[OnBad], Iterator[Row]]
+
+    def rows(self, on_bad: OnBad = refuse) -> Iterator[Row]:
+        """The rows of the split in file order. A row that cannot be decoded goes to `on_bad`, which may raise it.
+
+        Raises UserError for what is wrong with a whole file: cut short, not of the kind its name says.
+        """
+        for index, row in enumerate(self._read(on_bad)):
+            if self.split.stop is not None and index >= self.split.stop:
+                return
+            if index >= self.split.start:
+                yield row
+
+
+def open_source(path: str, split: str = "") -> Source:
+    """Opens one path of a mixture. Raises UserError when there is nothing to read there."""
+    part = parse_split(split)
+    local = Path(path).expanduser()
+    if local.is_file():
+        return _open_files(path, [local], part)
+    if local.is_dir():
+        if any((local / name).exists() for name in ("state.json", "dataset_dict.json")):
+            return _open_saved(path, local, part)
+        return _open_files(path, _files_in(path, local, part.name), part)
+    if not path:
+        raise UserError("found no path, expected a file, a folder or a hub id")
+    hub_id = re.fullmatch(r"[\w.\-]+(/[\w.\-]+){0,2}", path) and not path.startswith(".")
+    if path.endswith(SUFFIXES) or not hub_id:
+        raise UserError(f"{path}: no such file or folder")
+    return _open_hub(path, part)
+
+
+def _files_in(path: str, folder: Path, name: str) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.name.endswith(SUFFIXES) and not file.name.startswith("."))
+    if not files:
+        raise UserError(f"{path}: found no data file in this folder, expected one of {', '.join(SUFFIXES)}")
+    if not name:
+        return files
+    chosen = [file for file in files if name in re.split(r"[^A-Za-z0-9]+", str(file.relative_to(folder)))]
+    if not chosen:
+        found = ", ".join(file.name for file in files[:6])
+        raise UserError(f"{path}: no file belongs to split {name!r}, found {found}")
+    return chosen
+
+
+def _open_files(path: str, files: list[Path], part: Split) -> Source:
+    digest = hashlib.sha256(repr((part, [file.name for file in files])).encode())
+    for file in files:
+        if not file.name.endswith(SUFFIXES):
+            raise UserError(f"{file}: found a file of unknown kind, expected one of {', '.join(SUFFIXES)}")
+        if file.stat().st_size == 0:
+            raise UserError(f"{file}: the file is empty")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+
+    def read(on_bad: OnBad) -> Iterator[Row]:
+        for file in files:
+            yield from _read_parquet(file) if file.name.endswith(".parquet") else _read_json(file, on_bad)
+
+    return Source(path, part, digest.hexdigest(), None, read)
+
+
+def _read_json(file: Path, on_bad: OnBad) -> Iterator[Row]:
+    """Rows of JSON lines, or of one JSON list when the name says .json and the text starts with a bracket."""
+    lines = _lines(file)
+    if file.name.endswith((".json", ".json.gz")):
+        first = next(((number, line) for number, line in lines if line.strip()), None)
+        if first is not None and first[1].lstrip().startswith(b"["):
+            yield from _read_list(file, b"\n" * (first[0] - 1) + first[1] + b"".join(line for _, line in lines))
+            return
+        lines = _lines(file)
+    for number, line in lines:
+        where = f"{file} line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = _loads(line)
+        except BadRow as error:
+            on_bad(error.at(where))
+        else:
+            yield Row(where, row)
+
+
+def _read_list(file: Path, text: bytes) -> Iterator[Row]:
+    try:
+        rows = _loads(text)
+    except BadRow as error:
+        raise UserError(f"{file}: {error}") from None
+    for number, row in enumerate(rows, 1):
+        yield Row(f"{file} row {number}", row)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines, with the faults of a whole file told apart."""
+    number = 0
+    with file.open("rb") as raw:
+        start = raw.read(4)
+        raw.seek(0)
+        zipped = file.name.endswith(".gz")
+        if zipped != start.startswith(b"\x1f\x8b"):
+            found, wanted = ("plain data", "gzip") if zipped else ("gzip data", "plain text (or a name ending in .gz)")
+            raise UserError(f"{file}: found {found}, expected {wanted}")
+        if start.startswith(b"PAR1"):
+            raise UserError(f"{file}: found parquet data, expected JSON (or a name ending in .parquet)")
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError(f"{file}: found UTF-16 text, expected UTF-8")
+        try:
+            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if zipped else raw, 1):
+                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        except EOFError:
+            raise UserError(f"{file}: the gzip file is cut short after line {number}") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{file}: the gzip file is damaged after line {number} ({error})") from None
+    if number == 0:
+        raise UserError(f"{file}: the file is empty")
+
+
+def _loads(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{text[error.start]:02x} at column {error.start + 1}"
+        raise BadRow(f"found {found}, expected UTF-8 text", "wrong encoding") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        raise BadRow(f"broken JSON at {line}column {error.colno} ({error.msg})", "broken JSON") from None
+    except RecursionError:
+        raise BadRow("broken JSON (nested too deeply)", "broken JSON") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]))
+        raise BadRow(f"column {show(twice)} is given twice, expected once", "contradicting columns")
+    return row
+
+
+def _read_parquet(file: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{file} row {number}", row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a whole parquet file ({_first_line(error)})") from None
+    if number == 0:
+        raise UserError(f"{file}: the file has no row")
+
+
+def _open_saved(path: str, folder: Path, part: Split) -> Source:
+    """A folder that `datasets.save_to_disk` wrote: one dataset, or a dict of splits."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the library raises what its many readers raise
+        raise UserError(f"{path}: not a whole `datasets` folder ({_first_line(error)})") from None
+    if isinstance(saved, datasets.DatasetDict):
+        name = part.name or ("train" if "train" in saved else next(iter(saved), ""))
+        if name not in saved:
+            raise UserError(f"{path}: no split {name!r}, found {', '.join(saved) or 'none'}")
+        saved = saved[name]
+    elif part.name not in ("", str(saved.split)):
+        raise UserError(f"{path}: no split {part.name!r}, this folder holds one dataset without splits")
+    return _open_table(path, saved, part)
+
+
+def _open_hub(path: str, part: Split) -> Source:
+    """A dataset of the Hugging Face hub, from its cache when there is no network."""
+    import datasets
+
+    repo, config = (path.rsplit("/", 1)[0], path.rsplit("/", 1)[1]) if path.count("/") == 2 else (path, None)
+    try:
+        table = datasets.load_dataset(repo, config, split=part.name or "train")
+    except Exception as error:  # network, names, configs and splits each raise a class of their own
+        found = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"{path}: no such file or folder, and the hub gives no such dataset ({found})") from None
+    return _open_table(path, table, part)
+
+
+def _open_table(path: str, table: Any, part: Split) -> Source:
+    """A `datasets.Dataset`, which is memory-mapped."""
+    if len(table) == 0:
+        raise UserError(f"{path}: the dataset has no row")
+
+    def read(on_bad: OnBad) -> Iterator[Row]:
+        for number, row in enumerate(table, 1):
+            yield Row(f"{path} row {number}", row)
+
+    return Source(path, part, f"{table._fingerprint}{part}", len(table), read)
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

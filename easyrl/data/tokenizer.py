@@ -1,0 +1,86 @@
+"""Loads tokenizers, and says what easyrl needs to know of one."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from easyrl.core.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+Tokenizer = Any  # a transformers PreTrainedTokenizerBase, which cannot be named without importing transformers
+
+
+def load_tokenizer(ref: str, flag: str = "--tokenizer") -> Tokenizer:
+    """Loads the tokenizer of a local folder or a hub id.
+
+    No code of the folder or repository is run. Truncation and padding that tokenizer.json may ask for are switched off.
+    Raises UserError, naming `flag`, when there is no tokenizer there or it cannot be read.
+    """
+    import transformers
+
+    path = Path(ref).expanduser()
+    if not ref:
+        raise UserError(f"{flag}: found nothing, expected a folder with a tokenizer or a hub id")
+    if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{flag}={ref}: found no tokenizer in this folder, expected tokenizer.json or tokenizer.model")
+    if path.is_file() or (not path.is_dir() and (ref.startswith(("/", ".", "~")) or ref.count("/") != 1)):
+        found = "a file" if path.is_file() else "nothing there"
+        raise UserError(f"{flag}={ref}: found {found}, expected a folder with a tokenizer or a hub id (owner/name)")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path) if path.is_dir() else ref)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        found = " ".join(str(error).split())[:200]
+        raise UserError(f"{flag}={ref}: no tokenizer can be loaded ({type(error).__name__}: {found})") from None
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of `text`: special tokens written in it are recognised, none is added."""
+    if tokenizer.is_fast:
+        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def adds_bos(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer itself starts a text with its beginning-of-text token (Llama's does, GPT-2's does not)."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The id to fill with: the pad token, else the end-of-text token, else the unknown token, else 0.
+
+    Any id will do: padding is known by lengths and segment ids, never by its value, so nothing attends to it or trains
+    on it.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, flag: str = "--tokenizer") -> None:
+    """Requires that a model with `vocab_size` embeddings fits the tokenizer.
+
+    Models pad their vocabulary, by a few per cent at most, so a tokenizer may be smaller. Raises UserError when it has
+    an id that the model has not, or is so much smaller that it must belong to another model.
+    """
+    size = max(tokenizer.get_vocab().values()) + 1
+    if size > vocab_size:
+        found = f"the tokenizer's ids go up to {size - 1}, the model has embeddings for 0 to {vocab_size - 1}"
+        raise UserError(f"{flag}: {found}: expected the model's own tokenizer")
+    if vocab_size > max(1.25 * size, size + 1024):
+        found = f"the tokenizer has {size} tokens, the model {vocab_size}"
+        raise UserError(f"{flag}: {found}: expected the model's own tokenizer")
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A hash of everything that decides how text becomes ids."""
+    if tokenizer.is_fast:
+        content = tokenizer.backend_tokenizer.to_str()
+    else:
+        content = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
+    return hashlib.sha256(f"{content}{sorted(tokenizer.special_tokens_map.items())}".encode()).hexdigest()

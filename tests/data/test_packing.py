@@ -1,0 +1,90 @@
+"""Packing plans: every token once, in order, together, in few rows."""
+
+import numpy as np
+import pytest
+
+from easyrl.data.packing import most_rows, one_per_row, pack
+
+
+def random_lengths(seed, together=1):
+    rng = np.random.default_rng(seed)
+    width = int(rng.integers(1, 40))
+    count = int(rng.integers(0, 30)) * together
+    return rng.integers(0, width + 1, count), width, int(width * together * rng.integers(1, 4))
+
+
+def unpacked(plan, lengths, width):
+    """tokens[b][t] for the batch whose token at (b, t) is b * T + t, read back through the plan, segment by segment."""
+    found = {}
+    for source, positions, segments in zip(*plan, strict=True):
+        for segment in range(1, segments.max() + 1):
+            places = source[segments == segment]
+            assert (np.diff(np.flatnonzero(segments == segment)) == 1).all()
+            assert positions[segments == segment].tolist() == list(range(len(places)))
+            if len(places):
+                found[int(places[0]) // width] = places.tolist()
+    return found
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_has_one_place(seed, together):
+    lengths, width, row_length = random_lengths(seed, together)
+    plan = pack(lengths, width, row_length, together=together)
+    expected = {b: list(range(b * width, b * width + n)) for b, n in enumerate(lengths) if n}
+    assert unpacked(plan, lengths, width) == expected
+    assert ((plan.source == -1) == (plan.segment_ids == 0)).all()
+    assert (plan.positions[plan.segment_ids == 0] == 0).all()
+    assert len(plan.source) <= most_rows(len(lengths), width, row_length, together=together)
+    assert all(array.dtype == np.int32 and array.shape == (len(plan.source), row_length) for array in plan)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_pairs_share_a_row_in_order(seed):
+    lengths, width, row_length = random_lengths(seed, 2)
+    plan = pack(np.maximum(lengths, 1), width, row_length, together=2)
+    for source, segments in zip(plan.source, plan.segment_ids, strict=True):
+        sequences = [source[segments == s][0] // width for s in range(1, segments.max() + 1)]
+        chosen, rejected = np.array(sequences[::2]), np.array(sequences[1::2])
+        assert (chosen % 2 == 0).all() and (rejected == chosen + 1).all()
+
+
+def test_best_fit_decreasing_by_hand():
+    plan = pack(np.array([3, 5, 2, 4]), 5, 8)  # 5 opens row 0, 4 row 1, 3 fills row 0, 2 goes to row 1
+    assert plan.source.tolist() == [[5, 6, 7, 8, 9, 0, 1, 2], [15, 16, 17, 18, 10, 11, -1, -1]]
+    assert plan.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 0, 0]]
+    assert plan.segment_ids.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 2, 2, 0, 0]]
+    assert plan.padding_share() == pytest.approx(2 / 16)
+    assert plan.padding_share(rows_multiple=4) == pytest.approx(18 / 32)
+
+
+def test_many_short_sequences_waste_little():
+    lengths = np.random.default_rng(0).integers(20, 400, 256)
+    assert pack(lengths, 512, 1024).padding_share() < 0.02
+
+
+def test_one_per_row_packs_nothing():
+    plan = one_per_row(np.array([2, 0, 3]), 4)
+    assert plan.source.tolist() == [[0, 1, -1, -1], [8, 9, 10, -1]]
+    plan = one_per_row(np.array([2, 1, 0, 3]), 3, together=2)
+    assert plan.source.tolist() == [[0, 1, 3, -1, -1, -1], [9, 10, 11, -1, -1, -1]]
+    assert plan.segment_ids.tolist() == [[1, 1, 2, 0, 0, 0], [2, 2, 2, 0, 0, 0]]
+
+
+def test_nothing_to_pack():
+    assert pack(np.zeros(4, int), 8, 8).source.shape == (0, 8)
+    assert most_rows(0, 8, 8) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda: pack(np.array([9]), 8, 16), "longer than the batch's width"),
+        (lambda: pack(np.array([5, 6]), 8, 10, together=2), "take 11 tokens, rows have 10"),
+        (lambda: pack(np.array([5, 6, 7]), 8, 16, together=2), "3 sequences"),
+        (lambda: most_rows(4, 8, 15, together=2), "cannot hold 2 x 8"),
+    ],
+)
+def test_what_cannot_be_packed(call, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        call()
