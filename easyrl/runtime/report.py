@@ -142,7 +142,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     if not samples:
         return ""
     pairs = pair_samples(samples)
-    shown: Sequence[Sequence[Mapping[str, Any]]] = pairs or [[sample] for sample in samples[-SAMPLES_SHOWN:]]
+    shown = [list(pair) for pair in pairs] or [[sample] for sample in samples[-SAMPLES_SHOWN:]]
     cards = []
     for group in shown[:SAMPLES_SHOWN]:
         columns = "".join(f"<div>{_response(sample)}</div>" for sample in group)

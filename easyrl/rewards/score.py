@@ -1,0 +1,73 @@
+"""The reward of a batch of responses: every source, weighted, shaped, and measured."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from easyrl.rewards.shaping import RewardConfig, RunningMoments, shape_rewards
+from easyrl.rewards.sources import RewardBatch, Source
+
+
+class Scored(NamedTuple):
+    """What the responses of a batch are paid.
+
+    rewards: float32 [B], the number on the response's last token. scores: float64 [B], the weighted sum of the sources
+    after the rule for a missing end of text, in the sources' units. keep: bool [B], False for responses that are not
+    to be learnt from (--missing_eos=mask). metrics: by name, over the kept responses.
+    """
+
+    rewards: np.ndarray
+    scores: np.ndarray
+    keep: np.ndarray
+    metrics: dict[str, float]
+
+
+def score_responses(
+    batch: RewardBatch,
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    config: RewardConfig,
+    moments: RunningMoments,
+) -> tuple[Scored, RunningMoments]:
+    """Scores a batch and returns it with the running moments to hand to the next call. The order is that of `shaping`.
+
+    Metrics: `env/reward_mean`, `env/reward_std`, `env/reward_min`, `env/reward_max` of `scores`; with several sources
+    `env/reward/<name>`, the mean of each before its weight; with --normalize_rewards `env/reward_running_mean` and
+    `env/reward_running_std`; and what the sources report. Means are over kept responses, 0 where there is none.
+    """
+    total = np.zeros(len(batch), np.float64)
+    each: dict[str, np.ndarray] = {}
+    metrics: dict[str, float] = {}
+    for source, weight in zip(sources, weights, strict=True):
+        raw, own = source.score(batch)
+        total += weight * raw
+        each[_unused(source.name, each)] = raw
+        metrics |= own
+    shaped, moments = shape_rewards(total, batch.ended, config, moments)
+    kept = shaped.scores[shaped.keep] if shaped.keep.any() else np.zeros(1)
+    metrics |= {
+        "env/reward_mean": float(kept.mean()),
+        "env/reward_std": float(kept.std()),
+        "env/reward_min": float(kept.min()),
+        "env/reward_max": float(kept.max()),
+    }
+    if len(sources) > 1:
+        metrics |= {f"env/reward/{name}": _mean(raw[shaped.keep]) for name, raw in each.items()}
+    if config.normalize_rewards:
+        metrics |= {"env/reward_running_mean": moments.mean, "env/reward_running_std": moments.std}
+    return Scored(shaped.rewards, shaped.scores, shaped.keep, metrics), moments
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else 0.0
+
+
+def _unused(name: str, taken: dict[str, np.ndarray]) -> str:
+    """`name`, with a number if another source has it already."""
+    number = 1
+    unused = name
+    while unused in taken:
+        number += 1
+        unused = f"{name}{number}"
+    return unused

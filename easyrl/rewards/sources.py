@@ -1,0 +1,172 @@
+"""Sources of reward: models with the policy's tokenizer, models with another one, Python functions."""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from easyrl.core.errors import UserError
+from easyrl.data.messages import BadRow, Message, Messages, as_dicts
+from easyrl.data.templates import Template
+from easyrl.data.tokenizer import encode
+
+# Token ids of whole conversations, ragged -> one number each. On the device; built by steps/.
+ScoreTokens = Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """The responses of a step, in everything that a source may want of them. Every list has B entries."""
+
+    sequences: Sequence[np.ndarray]  # int32 [length], prompt and response as the policy has them
+    prompts: Sequence[str]  # text of the prompt as the policy reads it
+    responses: Sequence[str]  # text of the response without special tokens
+    messages: Sequence[Messages]  # the conversation that the response answers
+    ended: np.ndarray  # bool [B], False where the response was cut off
+    columns: Mapping[str, Sequence[Any]]  # the other columns of the data
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+
+@dataclass(frozen=True)
+class Source:
+    """`score(batch)` gives one number a response, float64 [B], and metrics of its own. `name` stands in metrics."""
+
+    name: str
+    score: Callable[[RewardBatch], tuple[np.ndarray, dict[str, float]]]
+
+
+def model_source(name: str, score_tokens: ScoreTokens) -> Source:
+    """A reward model with the policy's tokenizer: it reads the very tokens that were sampled, no end token added."""
+
+    def score(batch: RewardBatch) -> tuple[np.ndarray, dict[str, float]]:
+        return _checked(score_tokens(batch.sequences), len(batch), f"reward model {name}"), {}
+
+    return Source(name, score)
+
+
+def retokenized_source(name: str, template: Template, max_length: int, score_tokens: ScoreTokens) -> Source:
+    """A reward model with a tokenizer and chat template of its own.
+
+    The conversation and the response's text are rendered with `template` and encoded anew. The template's end token
+    follows a response that ended, and no other: a model with the policy's tokenizer would see the same. A conversation
+    that has become longer than `max_length` tokens loses its beginning, as the score is read at its end; the share of
+    those is the metric `env/reward/<name>_cut`. Raises UserError when the template refuses a conversation.
+    """
+
+    def score(batch: RewardBatch) -> tuple[np.ndarray, dict[str, float]]:
+        sequences = []
+        for row, (messages, response, ended) in enumerate(
+            zip(batch.messages, batch.responses, batch.ended, strict=True)
+        ):
+            try:
+                sequences.append(encode_conversation(template, messages, response, ended=bool(ended)))
+            except BadRow as error:
+                raise UserError(f"reward model {name}: response {row} of the batch: {error}") from error
+        cut = sum(len(sequence) > max_length for sequence in sequences) / len(sequences)
+        scores = score_tokens([sequence[-max_length:] for sequence in sequences])
+        return _checked(scores, len(batch), f"reward model {name}"), {f"env/reward/{name}_cut": cut}
+
+    return Source(name, score)
+
+
+def encode_conversation(template: Template, messages: Messages, response: str, *, ended: bool) -> np.ndarray:
+    """Token ids, int32 [length], of `messages` answered by `response`, with its end token only if it `ended`."""
+    text = template.render((*messages, Message("assistant", response)))
+    ids = encode(template.tokenizer, text)
+    if template.appends_end:
+        ids = [*ids, template.end_id] if ended else ids
+    else:
+        end = len(ids) - 1 - ids[::-1].index(template.end_id)  # what the template writes behind it belongs to no answer
+        ids = ids[: end + 1] if ended else ids[:end]
+    return np.asarray(ids, np.int32)
+
+
+def function_source(spec: str) -> Source:
+    """The Python function `package.module:function` as a source of reward.
+
+    It is called as `function(prompts, responses, **columns)` with lists of B entries: the columns are those of the
+    data, None where a row lacks one, and `messages`, the conversations as lists of {role, content}. A function that
+    does not take `**columns` gets the columns it names. It returns B finite numbers.
+
+    Raises UserError naming the function here when it cannot be imported, and at a call when it raises or returns
+    something else, with the first wrong row.
+    """
+    function = _load(spec)
+    name = spec.rpartition(":")[2]
+
+    def score(batch: RewardBatch) -> tuple[np.ndarray, dict[str, float]]:
+        columns = {key: list(values) for key, values in batch.columns.items()}
+        columns["messages"] = [as_dicts(messages) for messages in batch.messages]
+        columns = _wanted(function, columns, spec)
+        try:
+            scores = function(list(batch.prompts), list(batch.responses), **columns)
+        except Exception as error:
+            raise UserError(f"--reward_function={spec} raised {type(error).__name__}: {error}") from error
+        return _checked(scores, len(batch), f"--reward_function={spec}"), {}
+
+    return Source(name, score)
+
+
+def function_sources(specs: str) -> list[Source]:
+    """The sources that --reward_function lists, separated by commas; none when it is empty."""
+    return [function_source(spec.strip()) for spec in specs.split(",")] if specs.strip() else []
+
+
+def _load(spec: str) -> Callable:
+    """Import the function named by `spec`; nothing is evaluated but the module's own code."""
+    where = f"--reward_function={spec}"
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", spec):
+        raise UserError(f"{where}: expected package.module:function")
+    module_name, _, name = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(f"{where}: importing {module_name} failed: {error}") from error
+        raise UserError(f"{where}: no module {error.name} in the working directory or on PYTHONPATH") from error
+    except Exception as error:
+        raise UserError(f"{where}: importing {module_name} failed: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = "no such name" if function is None else f"a {type(function).__name__}"
+        raise UserError(f"{where}: found {found} in {module_name}, expected a function")
+    try:
+        inspect.signature(function)
+    except ValueError as error:
+        raise UserError(f"{where}: its arguments cannot be inspected, expected a Python function") from error
+    return function
+
+
+def _wanted(function: Callable, columns: dict[str, Any], spec: str) -> dict[str, Any]:
+    """The columns that `function` takes. Raises UserError naming one that it needs and the data have not got."""
+    parameters = list(inspect.signature(function).parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        taken = columns
+    else:
+        taken = {key: columns[key] for parameter in parameters[2:] if (key := parameter.name) in columns}
+    for parameter in parameters[2:]:
+        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if not variadic and parameter.default is parameter.empty and parameter.name not in columns:
+            found = ", ".join(columns)
+            raise UserError(f"--reward_function={spec} needs the column {parameter.name!r}, the data have {found}")
+    return taken
+
+
+def _checked(scores: Any, size: int, who: str) -> np.ndarray:
+    """Scores as float64 [size]. Raises UserError naming `who` gave something else, and the row that is not finite."""
+    try:
+        array = np.asarray(scores, np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{who} returned {type(scores).__name__}, expected {size} numbers: {error}") from error
+    if array.shape != (size,):
+        found = f"a {type(scores).__name__}" if array.ndim == 0 else f"numbers of shape {array.shape}"
+        raise UserError(f"{who} returned {found}, expected one for each of the {size} responses")
+    for row in np.flatnonzero(~np.isfinite(array)):
+        raise UserError(f"{who} gave response {row} of the batch the score {array[row]}, expected a finite number")
+    return array
