@@ -12,9 +12,10 @@ from easyrl.rewards.sources import RewardBatch, Source
 class Scored(NamedTuple):
     """What the responses of a batch are paid.
 
-    rewards: float32 [B], the number on the response's last token. scores: float64 [B], the weighted sum of the sources
-    after the rule for a missing end of text, in the sources' units. keep: bool [B], False for responses that are not
-    to be learnt from (--missing_eos=mask). metrics: by name, over the kept responses.
+    - rewards: float32 [B], the number on the response's last token
+    - scores: float64 [B], the weighted sum of the sources after the rule for a missing end of text, in their units
+    - keep: bool [B], False for responses that are not to be learnt from (--missing_eos=mask)
+    - metrics: by name, over the kept responses
     """
 
     rewards: np.ndarray
