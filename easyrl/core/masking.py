@@ -16,7 +16,7 @@ class Mean(NamedTuple):
     """A mean as its numerator and denominator, both float32 scalars."""
 
     total: Array
-    count: Array
+    count: Array  # type: ignore[assignment]  # NamedTuple: shadows tuple.count, on purpose
 
     @property
     def value(self) -> Array:
@@ -42,3 +42,9 @@ def mean_of(x: Array, mask: Array) -> Mean:
 def constant_mean(x: Array | float) -> Mean:
     """A quantity that is already global (a coefficient, a norm), as a mean of one entry."""
     return Mean(jnp.asarray(x, jnp.float32), jnp.ones((), jnp.float32))
+
+
+@jax.jit
+def add_metrics(a: dict[str, Mean], b: dict[str, Mean]) -> dict[str, Mean]:
+    """Two dicts of means with the same names, over the union of what they were taken over."""
+    return {name: add_means(a[name], b[name]) for name in a}

@@ -44,9 +44,7 @@ def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:
     parts = [part.strip() for part in text.split(",")]
     named = [":" in part for part in parts]
     if len(parts) != len(MESH_AXES) or any(named) != all(named):
-        raise UserError(
-            f"--mesh_dim={text}: expected three sizes as in 1,-1,1 or names as in dp:1,fsdp:-1,mp:1"
-        )
+        raise UserError(f"--mesh_dim={text}: expected three sizes as in 1,-1,1 or names as in dp:1,fsdp:-1,mp:1")
     pairs = [tuple(part.split(":", 1)) for part in parts] if all(named) else list(zip(MESH_AXES, parts, strict=True))
     sizes: dict[str, int] = {}
     for axis, size in pairs:
@@ -92,7 +90,9 @@ def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name:
     dimension does not divide by the mesh axes that split it.
     """
     if len(axes) != len(shape):
-        raise UserError(f"{name}: {len(axes)} logical axes {tuple(axes)} for a shape of {len(shape)} dimensions {shape}")
+        raise UserError(
+            f"{name}: {len(axes)} logical axes {tuple(axes)} for a shape of {len(shape)} dimensions {shape}"
+        )
     entries: list[tuple[str, ...] | None] = []
     owner: dict[str, str] = {}
     for axis, size in zip(axes, shape, strict=True):

@@ -51,7 +51,9 @@ def load_reward_models(
         name = "reward" if number == 0 else f"reward{number + 1}"
         if same_tokens and not template_name:
             if length < max_length:
-                raise UserError(f"{flag}={ref}: reads up to {length} tokens, a prompt and its response take {max_length}")
+                raise UserError(
+                    f"{flag}={ref}: reads up to {length} tokens, a prompt and its response take {max_length}"
+                )
             sources.append(model_source(name, scorer))
         else:
             template = load_template(template_name or "tokenizer", own, "--reward_template")

@@ -46,9 +46,7 @@ def make_schedule(
 
 def decayed(params: dict) -> dict:
     """True for the parameters weight decay applies to: not biases, not norms."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path_str(path).endswith(("bias", "norm")), params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path_str(path).endswith(("bias", "norm")), params)
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

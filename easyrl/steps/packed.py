@@ -32,7 +32,7 @@ class PackPlan(flax.struct.PyTreeNode):
 
     def group(self, number: Array) -> "PackPlan":
         """One group as a plan without the leading axis."""
-        pick = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)  # noqa: E731
+        pick = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
         return PackPlan(pick(self.source_GRS), pick(self.positions_GRS), pick(self.segment_ids_GRS), self.count)
 
 
@@ -70,7 +70,7 @@ def over_groups(plan: PackPlan, carry: Any, body: Callable[[PackPlan, Any], Any]
 def grads_over_groups(
     plan: PackPlan, objective: Callable[[dict, PackPlan], tuple[Array, Any]], params: dict, shardings: dict
 ) -> tuple[dict, Any]:
-    """The gradient of the sum of `objective(params, group) -> (loss, metrics)` over the groups, and the summed metrics.
+    """The gradient of `objective(params, group) -> (loss, metrics)` summed over the groups, and the summed metrics.
 
     Each group's loss must already be divided by counts of the whole batch, so that a sum over groups is the batch's mean
     whatever the grouping. Gradients add up in float32, laid out like the parameters; `metrics` is a tree of sums.

@@ -4,8 +4,8 @@
     finish    rewards, advantages and returns: the `Rollout`, after which nothing "old" can change
     update    one optimizer step on a minibatch of the `Rollout`
 
-Index convention, everywhere: `x[b, t]` belongs to the action that emits `tokens[b, t + 1]`, so `logprobs[b, t]` scores that
-token, `values[b, t]` is the value of the text up to token t, and `mask[b, t]` is True where that token is a response token.
+Index convention, everywhere: `x[b, t]` belongs to the action that emits `tokens[b, t + 1]`. So `logprobs[b, t]` scores
+that token, `values[b, t]` is the value of the text up to token t, and `mask[b, t]` is True where it is a response token.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 
 from easyrl.algos import advantages as adv
-from easyrl.algos.kl import kl_estimate
+from easyrl.algos.kl import adaptive_kl_coef, kl_estimate
 from easyrl.algos.ppo import entropy_bonus, policy_loss, value_loss
 from easyrl.core.config import flag
 from easyrl.core.masking import Mean, constant_mean, masked_sum, mean_of
@@ -29,6 +29,7 @@ from easyrl.models.heads import scalar
 from easyrl.models.trunk import trunk
 from easyrl.steps.logprobs import next_token_logprobs
 from easyrl.steps.packed import PackPlan, gather, grads_over_groups, over_groups, scatter
+from easyrl.steps.segments import packed_rows
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 
 Array = jax.Array
@@ -47,7 +48,9 @@ class PPOConfig:
     kl_coef: float = flag(0.05, "Weight of the KL penalty; the starting weight when --kl_target is set.")
     kl_estimator: str = flag("k1", "Per-token KL estimator of the penalty.", choices=("k1", "k2", "k3"))
     kl_in: str = flag("reward", "Where the KL penalty goes.", choices=("reward", "loss"))
-    kl_target: float = flag(0.0, "Sequence KL, in nats, that the adaptive controller aims for. 0: --kl_coef stays fixed.")
+    kl_target: float = flag(
+        0.0, "Sequence KL, in nats, that the adaptive controller aims for. 0: --kl_coef stays fixed."
+    )
     kl_horizon: float = flag(10000.0, "Samples over which the adaptive controller acts.")
     gamma: float = flag(1.0, "Discount per token.")
     lam: float = flag(0.95, "Lambda of generalised advantage estimation.")
@@ -112,7 +115,7 @@ def make_forward(policy_cfg: ModelConfig, value_cfg: ModelConfig, ppo: PPOConfig
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def forward(policy_params, ref_params, value_params, tokens, mask, plan: PackPlan) -> Passes:
         def body(group: PackPlan, passes: Passes) -> Passes:
-            rows = _packed_rows(group, tokens, shard)
+            rows = packed_rows(group, tokens, shard)
             old_logprobs, entropies = next_token_logprobs(
                 policy_params, policy_cfg, *rows, temperature=temperature, shard=shard
             )
@@ -128,14 +131,15 @@ def make_forward(policy_cfg: ModelConfig, value_cfg: ModelConfig, ppo: PPOConfig
     return forward
 
 
-def make_finish(ppo: PPOConfig) -> Callable:
-    """`finish(tokens, mask, passes, scores, kl_coef) -> (Rollout, metrics)`, jitted.
+def make_finish(ppo: PPOConfig, mesh: Mesh) -> Callable:
+    """`finish(tokens, mask, passes, scores, kl_coef) -> (Rollout, next kl_coef, metrics)`, jitted.
 
-    Token rewards are -kl_coef * KL estimate (with --kl_in=reward) plus the score on the response's last token.
+    Token rewards are -kl_coef * KL estimate (with --kl_in=reward) plus the score on the response's last token. The next
+    coefficient is the same one, or the adaptive controller's when --kl_target is set.
     """
 
-    @jax.jit
-    def finish(tokens, mask, passes: Passes, scores, kl_coef) -> tuple[Rollout, dict[str, Mean]]:
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def finish(tokens, mask, passes: Passes, scores, kl_coef) -> tuple[Rollout, Array, dict[str, Mean]]:
         kl = kl_estimate(ppo.kl_estimator, passes.old_logprobs, passes.ref_logprobs, mask)
         reward_kl_coef = kl_coef if ppo.kl_in == "reward" else 0.0
         rewards = adv.token_rewards(scores, kl, mask, kl_coef=reward_kl_coef)
@@ -153,7 +157,11 @@ def make_finish(ppo: PPOConfig) -> Callable:
             returns=returns,
             scores=scores,
         )
-        return rollout, _rollout_metrics(rollout, passes.entropies, kl_coef)
+        metrics = _rollout_metrics(rollout, passes.entropies, kl_coef)
+        if ppo.kl_target:
+            observed = metrics["objective/kl"].value
+            kl_coef = adaptive_kl_coef(kl_coef, observed, ppo.kl_target, len(scores), ppo.kl_horizon)
+        return rollout, kl_coef, metrics
 
     return finish
 
@@ -170,10 +178,10 @@ def make_update(
 ) -> Callable:
     """`update(state, rollout, plan, stopped) -> (state, stopped, metrics)`, jitted, `state` donated.
 
-    One optimizer step of policy and value model on the minibatch that `plan` picks from the rollout. Losses are means over
-    all response tokens of the minibatch, however it is packed and split. `stopped` (bool scalar) carries --target_kl: once
-    a minibatch exceeds it, this and the later updates of the batch change nothing. With `train_policy=False` (critic
-    warm-up) only the value model runs and learns.
+    One optimizer step of policy and value model on the minibatch that `plan` picks from the rollout. Losses are means
+    over all response tokens of the minibatch, however it is packed and split. `stopped` (bool scalar) carries
+    --target_kl: once a minibatch exceeds it, this and the later updates of the batch change nothing. With
+    `train_policy=False` (critic warm-up) only the value model runs and learns.
     """
     shard = Shard(mesh)
     policy_shardings = state_shardings(param_specs(policy_cfg, "lm"), policy_optimizer, mesh)
@@ -183,7 +191,7 @@ def make_update(
     def policy_objective(params, group: PackPlan, rollout: Rollout, kl_coef, num_tokens):
         batch = _packed_rollout(group, rollout)
         logprobs, entropies = next_token_logprobs(
-            params, policy_cfg, *_packed_rows(group, rollout.tokens, shard),
+            params, policy_cfg, *packed_rows(group, rollout.tokens, shard),
             temperature=ppo.logprob_temperature, shard=shard,
         )  # fmt: skip
         loss, metrics = policy_loss(
@@ -200,11 +208,9 @@ def make_update(
 
     def value_objective(params, group: PackPlan, rollout: Rollout, num_tokens):
         batch = _packed_rollout(group, rollout)
-        hidden, _ = trunk(params, value_cfg, *_packed_rows(group, rollout.tokens, shard), shard=shard)
+        hidden, _ = trunk(params, value_cfg, *packed_rows(group, rollout.tokens, shard), shard=shard)
         values = scalar(params, value_cfg, hidden)
-        loss, metrics = value_loss(
-            values, batch.values, batch.returns, batch.mask, cliprange_value=ppo.cliprange_value
-        )
+        loss, metrics = value_loss(values, batch.values, batch.returns, batch.mask, cliprange_value=ppo.cliprange_value)
         named = {"ppo/loss/value": loss}
         return ppo.vf_coef * loss.total / num_tokens, named | {f"ppo/val/{name}": v for name, v in metrics.items()}
 
@@ -246,12 +252,6 @@ def make_update(
     return jax.jit(update, donate_argnums=0, out_shardings=(state_out, whole, whole))
 
 
-def _packed_rows(group: PackPlan, tokens: Array, shard: Shard) -> tuple[Array, Array, Array]:
-    """(tokens, positions, segment_ids) of one group, each int32 [R, S], rows split over the data axes."""
-    rows = (gather(tokens, group.source_GRS), group.positions_GRS, group.segment_ids_GRS)
-    return tuple(shard(x, "batch", "time") for x in rows)
-
-
 def _packed_rollout(group: PackPlan, rollout: Rollout) -> Rollout:
     """The rollout's [B, T] fields in packed order; `scores`, one per sample, have no place there and stay."""
     packed = {
@@ -267,7 +267,7 @@ def _rollout_metrics(rollout: Rollout, entropies: Array, kl_coef: Array) -> dict
     mask, scores, penalties = rollout.mask, rollout.scores, rollout.penalties
     each = jnp.ones(scores.shape, bool)
     kl = kl_estimate("k1", rollout.old_logprobs, rollout.ref_logprobs, mask)
-    by_row = lambda x: jnp.sum(jnp.where(mask, x, 0.0), axis=1)  # noqa: E731
+    by_row = lambda x: jnp.sum(jnp.where(mask, x, 0.0), axis=1)
     lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
     return {
         "objective/kl": mean_of(by_row(kl), each),

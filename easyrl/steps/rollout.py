@@ -1,4 +1,4 @@
-"""PPO's host side: sampled responses laid out for training, minibatches planned, and the check before the first update."""
+"""PPO's host side: sampled responses laid out for training, minibatches, and the check before the first update."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from easyrl.steps.ppo import Passes, Rollout
 class SampledBatch:
     """A batch of samples on the host: each row a prompt directly followed by its response, padded on the right to T.
 
-    tokens int32 [B, T]; mask bool [B, T], True at t where tokens[:, t + 1] is a response token; sampler_logprobs float32
-    [B, T] in the same convention; prompt_lengths, response_lengths int [B] (the response's end token counts); ended
-    bool [B]: whether the response stopped by itself.
+    tokens int32 [B, T]; mask bool [B, T], True at t where tokens[:, t + 1] is a response token; sampler_logprobs
+    float32 [B, T] in the same convention; prompt_lengths, response_lengths int [B] (the response's end token counts);
+    ended bool [B]: whether the response stopped by itself.
     """
 
     tokens: np.ndarray
@@ -79,7 +79,7 @@ def self_check(
     4. the ratio is 1: log-probs do not depend on packing or on the pass that computed them;
     5. KL is 0 when policy and reference start equal.
     """
-    fetch = lambda x: np.asarray(jax.device_get(x))  # noqa: E731
+    fetch = lambda x: np.asarray(jax.device_get(x))
     mean_limit, max_limit = LOGPROB_TOLERANCE[str(jnp.dtype(dtype))]
 
     empty = np.flatnonzero(~batch.mask.any(axis=1))

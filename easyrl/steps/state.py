@@ -36,11 +36,9 @@ def state_shardings(specs: dict, optimizer: optax.GradientTransformation, mesh: 
     return TrainState(param_shardings, opt_shardings, replicated(mesh))
 
 
-def create_train_state(
-    params: dict, specs: dict, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def create_train_state(params: dict, specs: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state at the start of training, from parameters that already lie where `specs` put them."""
-    create = lambda params: TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))  # noqa: E731
+    create = lambda params: TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     return jax.jit(create, out_shardings=state_shardings(specs, optimizer, mesh), donate_argnums=0)(params)
 
 
