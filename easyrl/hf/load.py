@@ -80,12 +80,13 @@ def _match(
     if SCORE_BIAS not in checkpoint:
         flat.pop("head/scalar_bias", None)
 
-    sources = {name: family.TENSORS[name] for name in flat}
+    sources = {name: tensor for name, tensor in family.TENSORS.items() if name in flat}
+    assert sources.keys() == flat.keys(), flat.keys() - sources.keys()
     if _is_bare_trunk(checkpoint, family):
         sources = {name: t._replace(name=t.name.removeprefix(family.TRUNK_PREFIX)) for name, t in sources.items()}
     expected = set()
-    for name, spec in flat.items():
-        tensor = sources[name]
+    for name, tensor in sources.items():
+        spec = flat[name]
         shape = spec.shape[1:] if tensor.layered else spec.shape
         for i in range(spec.shape[0] if tensor.layered else 1):
             checkpoint.check(tensor.name.format(i=i), tensor.their_shape(shape))

@@ -1,9 +1,12 @@
 """Small checkpoints for the tests of easyrl.hf, written by easyrl itself: no torch is needed."""
 
+import zlib
+
 import jax
+import numpy as np
 import pytest
 
-from easyrl.core.params import init_params
+from easyrl.core.params import map_specs
 from easyrl.core.sharding import make_mesh
 from easyrl.hf.export import export_model
 from easyrl.hf.families import config_from_hf
@@ -39,7 +42,12 @@ def make(mesh, tiny):
 
     def build(head="lm", dtype="float32", **changes):
         cfg = config_from_hf(tiny(**changes), "tiny")
-        return cfg, init_params(param_specs(cfg, head), jax.random.key(0), dtype, mesh)
+
+        def draw(name, spec):  # by numpy: compiling an initialiser would take most of these tests' time
+            rng = np.random.default_rng(zlib.crc32(name.encode()))
+            return jax.device_put(rng.normal(size=spec.shape).astype(np.dtype(dtype)), mesh.devices.item())
+
+        return cfg, map_specs(draw, param_specs(cfg, head))
 
     return build
 

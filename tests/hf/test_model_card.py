@@ -1,0 +1,69 @@
+import yaml
+
+from easyrl.hf.model_card import ModelCard, render
+
+CARD = ModelCard(
+    title="Tulu 2.5 PPO 13B",
+    summary="Trained to please.",
+    method="PPO",
+    base_model="allenai/tulu-2-13b",
+    reward_model="/home/someone/rm",
+    datasets=("allenai/tulu-2.5-prompts", "prompts.jsonl"),
+    input_format="<|user|>\nHello\n<|assistant|>\n",
+    hyperparameters={
+        "learning_rate": 1e-6,
+        "total_train_batch_size": 64,
+        "lr_scheduler_type": "linear",
+        "KL penalty coefficient": 0.05,
+    },
+    metrics={"env/reward_mean": 1.23456789, "objective/kl": 4.0},
+)
+
+
+def front_matter(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_front_matter_is_what_the_hub_takes():
+    front = front_matter(render(CARD, "lm"))
+    assert front == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["easyrl", "ppo"],
+        "base_model": "allenai/tulu-2-13b",
+        "datasets": ["allenai/tulu-2.5-prompts"],
+    }
+    assert "base_model" not in front_matter(render(ModelCard("x", base_model="/data/llama"), "lm"))
+
+
+def test_facts():
+    text = render(CARD, "lm")
+    for line in (
+        "# Tulu 2.5 PPO 13B",
+        "- Base model: allenai/tulu-2-13b",
+        "- Reward model: /home/someone/rm",
+        "- Data: allenai/tulu-2.5-prompts, prompts.jsonl",
+        "- learning_rate: 1e-06",
+        "- total_train_batch_size: 64",
+        "- KL penalty coefficient: 0.05",
+        "| env/reward_mean | 1.23457 |",
+        "**Mind the newline after `<|assistant|>`**: the model was trained with it and does worse without.",
+    ):
+        assert line in text.splitlines()
+    assert "```\n<|user|>\nHello\n<|assistant|>\n```" in text
+
+
+def test_every_head_says_how_to_load_it():
+    for head, auto in (
+        ("lm", "AutoModelForCausalLM"),
+        ("reward", "AutoModelForSequenceClassification"),
+        ("value", "AutoModelForTokenClassification"),
+    ):
+        assert f"model = {auto}.from_pretrained(folder)" in render(ModelCard("x"), head)
+
+
+def test_what_is_not_known_is_left_out():
+    text = render(ModelCard("x"), "reward")
+    assert "Base model" not in text
+    assert "hyperparameters" not in text
+    assert "Metrics" not in text

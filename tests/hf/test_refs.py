@@ -1,0 +1,89 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import easyrl.hf.refs as refs
+from easyrl.core.errors import UserError
+from easyrl.core.params import num_params
+from easyrl.core.sharding import make_mesh
+from easyrl.hf.families import config_from_hf
+from easyrl.hf.presets import PRESETS
+from easyrl.hf.refs import Ref, find_folder, load_model, parse_ref
+from easyrl.models.families import param_specs
+
+
+def test_grammar():
+    assert parse_ref("hf::meta-llama/Llama-2-7b-hf") == Ref("hf", "meta-llama/Llama-2-7b-hf")
+    assert parse_ref("easyrl::runs/a::b") == Ref("easyrl", "runs/a::b")
+    for wrong in ("", "hf::", "llama", "params::x", "/data/model", "::x"):
+        with pytest.raises(UserError, match=r"--policy=.*: expected hf::DIR_OR_HUB_ID, easyrl::DIR or random::"):
+            parse_ref(wrong, "--policy")
+
+
+def test_folder(folder, make, mesh):
+    directory = folder()
+    loaded = load_model(f"hf::{directory}", mesh, head="lm", compute={"remat": "full"})
+    assert loaded.directory == directory
+    assert loaded.stop_ids == ()
+    assert loaded.cfg.remat == "full"
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, make()[1])
+
+
+def test_random_does_not_depend_on_the_mesh_or_the_head(mesh, tiny, tmp_path):
+    text = json.dumps(tiny())
+    (tmp_path / "config.json").write_text(text)
+    one = load_model(f"random::{text}", mesh, head="reward", seed=1)
+    other = load_model(f"random::{tmp_path}", make_mesh("1,2,1", jax.devices()[:2]), head="value", seed=1)
+    assert one.directory is None
+    assert other.params["head"].pop("scalar_bias") == 0
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+    assert other.params["layers"]["attn"]["q"].sharding.mesh.shape["fsdp"] == 2
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"),
+    [("llama-7b", 6.738), ("llama2-7b", 6.738), ("llama2-13b", 13.016), ("llama2-70b", 68.977), ("llama3.1-8b", 8.030),
+     ("llama3.1-70b", 70.554), ("1m", 0.00098854)],
+)  # fmt: skip
+def test_presets_have_the_published_sizes(preset, billions):
+    cfg = config_from_hf(PRESETS[preset], preset)
+    assert num_params(param_specs(cfg, "lm")) == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_every_preset_is_a_configuration():
+    for name, raw in PRESETS.items():
+        assert config_from_hf(raw, name).num_layers == raw["num_hidden_layers"]
+
+
+def test_hub_download_leaves_pickles_alone(monkeypatch, folder):
+    directory = folder()
+    asked = {}
+
+    def snapshot_download(repo, allow_patterns):
+        asked.update(repo=repo, patterns=allow_patterns)
+        return str(directory)
+
+    monkeypatch.setattr(refs, "snapshot_download", snapshot_download)
+    assert find_folder("org/model-1b") == directory
+    assert asked["repo"] == "org/model-1b"
+    assert not any("bin" in pattern or pattern == "*.safetensors" for pattern in asked["patterns"])
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        ("hf::/no/such/folder", "--policy=hf::/no/such/folder: no such folder"),
+        ("hf::runs/missing/hf", "--policy=hf::runs/missing/hf: no such folder"),
+        ("hf::org/not-on-this-machine", "no such folder, and not to be had from the Hub"),
+        ("easyrl::runs/x", "expected hf:: or random::"),
+        ("random::huge", "--policy=random::huge: expected a config.json or one of debug, 1m,"),
+        ("random::{", "--policy=random::{: is not JSON"),
+        ('random::{"model_type": "llama"}', "hidden_size is missing, expected a whole number"),
+    ],
+)
+def test_errors(ref, message, mesh):
+    with pytest.raises(UserError) as error:
+        load_model(ref, mesh, head="lm", flag="--policy")
+    assert message in str(error.value)
