@@ -1,0 +1,88 @@
+"""Small models and ragged batches for the tests of the steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easyrl.core.params import init_params
+from easyrl.core.sharding import make_mesh, put, replicated
+from easyrl.models.families import param_specs
+from easyrl.models.llama import LlamaConfig
+from easyrl.steps.packed import place_plan
+
+
+@pytest.fixture
+def cfg() -> LlamaConfig:
+    """A tiny Llama whose dimensions divide by 8, so that every mesh of 8 devices takes it."""
+    return LlamaConfig(
+        vocab_size=96, width=32, num_layers=2, num_heads=16, num_kv_heads=8, head_size=8, mlp_size=48, max_positions=64
+    )
+
+
+@pytest.fixture
+def value_cfg(cfg) -> LlamaConfig:
+    return dataclasses.replace(cfg, num_layers=1, mlp_size=40)
+
+
+@dataclasses.dataclass
+class Ragged:
+    """Right-padded rows: tokens [B, T], the number of real tokens of each, and which tokens are responses."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    mask: np.ndarray
+
+    def rows_plan(self, mesh, rows: int, groups: int):
+        """A plan with one sample a row: no packing."""
+        B, T = self.tokens.shape
+        real = np.arange(T) < self.lengths[:, None]
+        source = np.where(real, np.arange(B * T).reshape(B, T), -1)
+        return place_plan(source, np.where(real, np.arange(T), 0), real.astype(np.int32), rows, groups, mesh)
+
+    def packed_plan(self, mesh, rows: int, groups: int, length: int):
+        """A plan that fills rows of `length` greedily with whole samples, last sample first."""
+        T = self.tokens.shape[1]
+        packed: list[list[int]] = []
+        for sample in reversed(range(len(self.lengths))):
+            fits = [row for row in packed if sum(self.lengths[row]) + self.lengths[sample] <= length]
+            fits[0].append(sample) if fits else packed.append([sample])
+        source, positions, segments = np.full((3, len(packed), length), -1)
+        positions[:], segments[:] = 0, 0
+        for row, samples in enumerate(packed):
+            start = 0
+            for number, sample in enumerate(samples, 1):
+                end = start + self.lengths[sample]
+                source[row, start:end] = sample * T + np.arange(end - start)
+                positions[row, start:end] = np.arange(end - start)
+                segments[row, start:end] = number
+                start = end
+        return place_plan(source, positions, segments, rows, groups, mesh)
+
+
+@pytest.fixture
+def ragged() -> Ragged:
+    """Eight samples of a prompt and a response, of all sorts of lengths, with garbage in the padding."""
+    rng = np.random.default_rng(0)
+    B, T = 8, 24
+    prompts, responses = rng.integers(2, 10, B), rng.integers(1, 14, B)
+    tokens = rng.integers(0, 96, (B, T)).astype(np.int32)
+    at = np.arange(T)
+    mask = (at >= prompts[:, None] - 1) & (at < (prompts + responses)[:, None] - 1)
+    return Ragged(tokens, prompts + responses, mask)
+
+
+@pytest.fixture
+def one_device():
+    return make_mesh("1,1,1", jax.devices()[:1])
+
+
+def make_params(cfg, head, mesh, seed=0):
+    return init_params(param_specs(cfg, head), jax.random.key(seed), jnp.float32, mesh)
+
+
+def everywhere(tree, mesh):
+    """Host arrays on every device of the mesh."""
+    return put(tree, replicated(mesh))

@@ -1,0 +1,70 @@
+"""Log-probs: the shift, packing, chunking, and no logits of a whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easyrl.models.heads import lm_logits
+from easyrl.models.trunk import trunk
+from easyrl.steps import logprobs as logprobs_module
+from easyrl.steps.logprobs import next_token_logprobs, target_mask
+from tests.steps.conftest import make_params
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_target_mask_stops_at_segment_ends_and_padding():
+    segments = jnp.array([[1, 1, 1, 2, 2, 0, 0]])
+    assert target_mask(segments).tolist() == [[True, True, False, True, False, False, False]]
+
+
+def test_logprobs_score_the_following_token_at_the_given_temperature(cfg, one_device):
+    params = make_params(cfg, "lm", one_device)
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, cfg.vocab_size)
+    positions, segments = jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32)
+    hidden, _ = trunk(params, cfg, tokens, positions, segments)
+    logits = np.asarray(lm_logits(params, cfg, hidden), np.float64) / 0.7
+    p = np.exp(log_softmax(logits))
+
+    logprobs, entropies = next_token_logprobs(params, cfg, tokens, positions, segments, temperature=0.7)
+
+    for b in range(2):
+        for t in range(8):
+            np.testing.assert_allclose(logprobs[b, t], np.log(p[b, t, tokens[b, t + 1]]), atol=1e-5)
+            np.testing.assert_allclose(entropies[b, t], -(p[b, t] * np.log(p[b, t])).sum(), atol=1e-5)
+    assert (logprobs[:, -1] == 0).all() and (entropies[:, -1] == 0).all()
+
+
+def test_chunking_changes_neither_values_nor_gradients(cfg, one_device, monkeypatch):
+    params = make_params(cfg, "lm", one_device)
+    tokens = jax.random.randint(jax.random.key(1), (2, 11), 0, cfg.vocab_size)
+    positions, segments = jnp.broadcast_to(jnp.arange(11), (2, 11)), jnp.ones((2, 11), jnp.int32)
+
+    def loss(params):
+        logprobs, entropies = next_token_logprobs(params, cfg, tokens, positions, segments)
+        return jnp.sum(jnp.sin(logprobs) + 0.1 * entropies)
+
+    whole, whole_grads = jax.value_and_grad(loss)(params)
+    monkeypatch.setattr(logprobs_module, "CHUNK", 4)
+    chunked, chunked_grads = jax.value_and_grad(loss)(params)
+
+    np.testing.assert_allclose(chunked, whole, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), chunked_grads, whole_grads)
+
+
+def test_no_logits_of_the_whole_batch_exist_in_the_gradient(cfg, one_device):
+    B, T, V = 2, 512, 4096
+    cfg = type(cfg)(**{**vars(cfg), "vocab_size": V, "max_positions": T})
+    params = jax.eval_shape(lambda: make_params(cfg, "lm", one_device))
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
+
+    def loss(params, tokens, positions, segments):
+        return jnp.sum(next_token_logprobs(params, cfg, tokens, positions, segments)[0])
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, ids, ids, ids).compile()
+
+    assert compiled.memory_analysis().temp_size_in_bytes < B * T * V * 4
+    assert f"f32[{B},{T},{V}]" not in compiled.as_text()
