@@ -63,3 +63,12 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
     if not config.clip_gradient:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_gradient), adamw)
+
+
+def optimizer_facts(config: OptimizerConfig) -> dict[str, str | float]:
+    """The optimizer in the words model cards use."""
+    return {
+        "optimizer": f"AdamW with betas=({config.b1},{config.b2}) and epsilon={config.eps}",
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.clip_gradient or "none",
+    }

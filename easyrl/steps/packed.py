@@ -1,7 +1,7 @@
 """Packed passes over ragged rows: how every trainer runs a model.
 
 The host plans (data/packing.py) which tokens go side by side; here the plan meets the device. Rows are processed in groups
-of a fixed shape by a loop whose trip count is data, so one compiled program serves every batch and runs only as many groups
+of a fixed shape by a loop whose trip count is data: one compiled program serves every batch and runs only as many groups
 as the batch has tokens for.
 """
 

@@ -104,22 +104,22 @@ class PPOState(flax.struct.PyTreeNode):
     kl_coef: Array  # float32 scalar
 
 
-def make_forward(policy_cfg: ModelConfig, value_cfg: ModelConfig, ppo: PPOConfig, mesh: Mesh) -> Callable:
+def make_forward(
+    policy_cfg: ModelConfig, ref_cfg: ModelConfig, value_cfg: ModelConfig, ppo: PPOConfig, mesh: Mesh
+) -> Callable:
     """`forward(policy_params, ref_params, value_params, tokens, mask, plan) -> Passes`, jitted.
 
-    One pass of each model over the packed rows of `plan`. The reference runs in its own compute dtype.
+    One pass of each model over the packed rows of `plan`. Policy and reference may differ in size.
     """
     shard = Shard(mesh)
-    temperature = ppo.logprob_temperature
+    logprobs_of = functools.partial(next_token_logprobs, temperature=ppo.logprob_temperature, shard=shard)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def forward(policy_params, ref_params, value_params, tokens, mask, plan: PackPlan) -> Passes:
         def body(group: PackPlan, passes: Passes) -> Passes:
             rows = packed_rows(group, tokens, shard)
-            old_logprobs, entropies = next_token_logprobs(
-                policy_params, policy_cfg, *rows, temperature=temperature, shard=shard
-            )
-            ref_logprobs, _ = next_token_logprobs(ref_params, policy_cfg, *rows, temperature=temperature, shard=shard)
+            old_logprobs, entropies = logprobs_of(policy_params, policy_cfg, *rows)
+            ref_logprobs, _ = logprobs_of(ref_params, ref_cfg, *rows)
             hidden, _ = trunk(value_params, value_cfg, *rows, shard=shard)
             new = Passes(old_logprobs, ref_logprobs, scalar(value_params, value_cfg, hidden), entropies)
             return jax.tree.map(lambda into, x: scatter(into, group.source_GRS, x), passes, new)

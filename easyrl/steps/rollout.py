@@ -31,8 +31,9 @@ class SampledBatch:
     def lengths(self) -> np.ndarray:
         return self.prompt_lengths + self.response_lengths
 
-    def prompt(self, row: int) -> np.ndarray:
-        return self.tokens[row, : self.prompt_lengths[row]]
+    def lengths_of(self, chosen: np.ndarray) -> np.ndarray:
+        """int [B]: the lengths of the chosen samples, and 0 for the others, which then take no place in a plan."""
+        return np.where(np.isin(np.arange(len(self.tokens)), chosen), self.lengths, 0)
 
     def response(self, row: int) -> np.ndarray:
         return self.tokens[row, self.prompt_lengths[row] : self.lengths[row]]
@@ -55,7 +56,7 @@ def join_samples(prompts: np.ndarray, prompt_lengths: np.ndarray, samples, *, pa
 
 
 def minibatches(num_samples: int, size: int, epochs: int, key: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Sample numbers of each minibatch: every epoch visits all samples once, in an order of its own drawn from `key`."""
+    """Sample numbers of each minibatch: every epoch visits all samples once, in an order drawn from `key`."""
     for epoch in range(epochs):
         order = np.random.default_rng((*key, epoch)).permutation(num_samples)
         yield from order.reshape(-1, size)

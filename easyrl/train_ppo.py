@@ -1,0 +1,468 @@
+"""PPO with a learnt value model: from a policy and a reward to a better policy.
+
+    python -m easyrl.train_ppo --mesh_dim=1,-1,1
+    python -m easyrl.train_ppo --config=configs/X.yaml --output_dir=DIR --load_checkpoint_policy=hf::DIR ...
+
+The first is the bundled quickstart. One step of the loop is one batch of prompts: sample responses, score them once into
+a frozen rollout, then update policy and value model from it. docs/ppo.md gives the source of every implementation
+detail, docs/metrics.md the formula of every metric.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from easyrl import assets
+from easyrl.core.config import flag, run
+from easyrl.core.dtypes import DTYPES
+from easyrl.core.errors import UserError
+from easyrl.core.masking import add_metrics
+from easyrl.core.sharding import make_mesh, num_data_shards, put, replicated
+from easyrl.data.dataset import DatasetConfig
+from easyrl.data.messages import Message
+from easyrl.data.packing import Plan, one_per_row, pack
+from easyrl.data.prompts import PromptBatch, PromptDataset
+from easyrl.data.templates import Template, load_template
+from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id
+from easyrl.hf.export import export_model
+from easyrl.hf.model_card import ModelCard
+from easyrl.hf.refs import load_model
+from easyrl.models.families import param_specs
+from easyrl.rewards.models import load_reward_models
+from easyrl.rewards.responses import reward_batch, sample_rows
+from easyrl.rewards.score import Scored, score_responses
+from easyrl.rewards.shaping import RewardConfig, RunningMoments, parse_weights
+from easyrl.rewards.sources import RewardBatch, function_sources
+from easyrl.runtime.loop import Hook, StepInfo, run_loop
+from easyrl.runtime.metrics import PhaseTimer
+from easyrl.runtime.progress import progress_hook
+from easyrl.runtime.report import write_report
+from easyrl.runtime.run_dir import make_run_dir
+from easyrl.runtime.trackers import LoggerConfig, start_trackers, tracker_hooks
+from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule, optimizer_facts
+from easyrl.steps.packed import PackPlan, place_plan
+from easyrl.steps.ppo import PPOConfig, PPOState, make_finish, make_forward, make_update
+from easyrl.steps.rollout import SampledBatch, join_samples, minibatches, self_check
+from easyrl.steps.state import create_train_state
+
+EVAL_STEP = 2**31 - 1  # the "step" whose randomness evaluation samples use: the same at every evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(PPOConfig, RewardConfig):
+    """Tune a language model with PPO against a reward, with a learnt value model.
+
+    Without --config and --load_checkpoint_policy this runs the bundled quickstart.
+    """
+
+    seed: int = flag(42, "Seed of everything random.")
+    mesh_dim: str = flag("1,-1,1", "Sizes of the mesh axes dp,fsdp,mp; also dp:1,fsdp:-1,mp:1. -1: what is left, once.")
+    dtype: str = flag("bf16", "Format of activations and of frozen models.", choices=tuple(DTYPES))
+    param_dtype: str = flag("fp32", "Format of the weights in training.", choices=tuple(DTYPES))
+    remat: str = flag(
+        "none", "What the backward pass recomputes: nothing, all but matrix products, or whole layers.",
+        choices=("none", "dots", "full"),
+    )  # fmt: skip
+    output_dir: str = flag("", "Folder of the run. Empty: runs/train_ppo-<date>-<time>.")
+
+    load_checkpoint_policy: str = flag(
+        "", "The policy's start: hf::DIR_OR_HUB_ID or random::PRESET. Empty: quickstart."
+    )
+    load_checkpoint_reference: str = flag("", "The model the KL is taken to. Empty: the policy's start.")
+    load_checkpoint_reward: str = flag("", "Reward models, separated by commas. Empty: --reward_function alone.")
+    load_checkpoint_value: str = flag(
+        "", "The value model's start: a model, `reward` or `policy`. Empty: the reward model if it shares the policy's "
+        "tokenizer, else the policy.",
+    )  # fmt: skip
+    tokenizer: str = flag("", "Folder or hub id of the policy's tokenizer. Empty: that of --load_checkpoint_policy.")
+    template: str = flag(
+        "tokenizer", "Chat format: tulu, vicuna, chatml, llama3, none, a Jinja file, or the tokenizer's own."
+    )
+    reward_template: str = flag(
+        "", "Chat format of the reward models. Empty: the policy's tokens, or a tokenizer's own."
+    )
+    stop_ids: str = flag("", "Token ids that end a response, separated by commas. Empty: the model's and template's.")
+
+    train_dataset: DatasetConfig = flag(DatasetConfig(), "Prompts; batch_size of them are one step.")
+    eval_dataset: DatasetConfig = flag(DatasetConfig(), "Held-out prompts. Empty path: no evaluation.")
+    eval_freq: int = flag(0, "Evaluate every this many steps, besides at start and end. 0: only then.")
+
+    max_continuation_len: int = flag(16, "Tokens a response may have.")
+    min_continuation_len: int = flag(0, "Tokens before which a response may not end.")
+    top_k: int = flag(0, "Sample from the k likeliest tokens. 0: from all.")
+    top_p: float = flag(1.0, "Sample from the likeliest tokens that hold this probability together.")
+    rollouts_per_prompt: int = flag(1, "Responses to each prompt.")
+    generate_only: bool = flag(False, "Sample and score, but update nothing.")
+
+    num_epochs: int = flag(1, "Passes over the prompts.")
+    max_steps_per_epoch: int = flag(0, "Steps after which an epoch is cut short. 0: none.")
+    ppo_epochs: int = flag(4, "Passes over each batch of rollouts.")
+    mini_batch_size: int = flag(1, "Responses in one optimizer step; divides batch_size x rollouts_per_prompt.")
+    micro_batch_size: int = flag(
+        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp. 0: dp x fsdp."
+    )
+    lr: float = flag(1e-5, "Peak learning rate of the policy.")
+    value_lr: float = flag(0.0, "Peak learning rate of the value model. 0: --lr.")
+    lr_schedule: str = flag("constant", "After the warm-up.", choices=("constant", "linear", "cosine"))
+    warmup_epochs: float = flag(0.0, "Epochs, or a part of one, over which the learning rate rises from 0.")
+    policy_freeze_epochs: float = flag(0.0, "Epochs, or a part of one, in which only the value model learns.")
+    optimizer: OptimizerConfig = flag(OptimizerConfig(), "AdamW, for both models.")
+
+    log_freq: int = flag(1, "Log to wandb and tensorboard every this many steps.")
+    logged_samples: int = flag(2, "Responses of every step, and 4 times as many of an evaluation, in samples.jsonl.")
+    save_model_freq: int = flag(0, "Export the policy every this many steps, to hf-<step>. 0: only at the end.")
+    logger: LoggerConfig = flag(LoggerConfig(), "Trackers.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least = {
+            "max_continuation_len": 1, "rollouts_per_prompt": 1, "num_epochs": 1, "ppo_epochs": 1, "mini_batch_size": 1,
+            "micro_batch_size": 0, "eval_freq": 0, "save_model_freq": 0, "max_steps_per_epoch": 0, "logged_samples": 0,
+            "lr": 0, "value_lr": 0, "warmup_epochs": 0, "policy_freeze_epochs": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name}={getattr(self, name)}: expected {least} or more")
+        if self.num_responses % self.mini_batch_size:
+            raise UserError(
+                f"--mini_batch_size={self.mini_batch_size}: does not divide the {self.num_responses} responses of a step "
+                "(train_dataset.batch_size x rollouts_per_prompt)"
+            )
+
+    @property
+    def num_responses(self) -> int:
+        """Responses in one step."""
+        return self.train_dataset.batch_size * self.rollouts_per_prompt
+
+
+def main(config: Config) -> None:
+    if not config.load_checkpoint_policy:
+        config = quickstart(config)
+    # ------------------------------------------------------------ mesh, output
+    mesh = make_mesh(config.mesh_dim)
+    shards = num_data_shards(mesh)
+    rows = config.micro_batch_size or shards
+    for name, size in (
+        ("micro_batch_size", rows),
+        ("train_dataset.batch_size x rollouts_per_prompt", config.num_responses),
+    ):
+        if size % shards:
+            raise UserError(f"--{name}={size}: does not divide by dp x fsdp = {shards} of --mesh_dim={config.mesh_dim}")
+    whole = replicated(mesh)
+    run_dir = make_run_dir(config.output_dir, "train_ppo", config)
+
+    # ------------------------------------------------------------ models
+    dtype, param_dtype = DTYPES[config.dtype], DTYPES[config.param_dtype]
+    compute = {"dtype": dtype, "remat": config.remat}
+    max_length = config.train_dataset.seq_length + config.max_continuation_len
+
+    def load(ref: str, name: str, head: str, stored: str, new_head: str | None = None):
+        name = f"--load_checkpoint_{name}"
+        model = load_model(
+            ref, mesh, head=head, dtype=stored, seed=config.seed, new_head=new_head, compute=compute, flag=name
+        )
+        if model.cfg.max_positions < max_length:
+            raise UserError(
+                f"{name}={ref}: reads up to {model.cfg.max_positions} tokens, --train_dataset.seq_length + "
+                f"--max_continuation_len is {max_length}"
+            )
+        return model
+
+    policy = load(config.load_checkpoint_policy, "policy", "lm", param_dtype)
+    tokenizer = load_tokenizer(config.tokenizer or str(policy.directory or ""))
+    check_vocabulary(tokenizer, policy.cfg.vocab_size)
+    template = load_template(config.template, tokenizer)
+    tokenizer.chat_template = template.jinja  # the export carries the format the policy was trained with
+    reference_ref = config.load_checkpoint_reference or config.load_checkpoint_policy
+    reference = load(reference_ref, "reference", "lm", dtype)
+    if reference.cfg.vocab_size != policy.cfg.vocab_size:
+        raise UserError(
+            f"--load_checkpoint_reference={reference_ref}: has a vocabulary of {reference.cfg.vocab_size}, "
+            f"the policy one of {policy.cfg.vocab_size}"
+        )
+    reward_models = load_reward_models(
+        config.load_checkpoint_reward, config.reward_template, template, mesh,
+        dtype=dtype, max_length=max_length, batch_size=config.num_responses, rows=rows,
+    )  # fmt: skip
+    value = load(value_start(config, reward_models.first_shares_tokenizer), "value", "value", param_dtype, "zeros")
+    check_vocabulary(tokenizer, value.cfg.vocab_size, "--load_checkpoint_value")
+    stop_ids = parse_ids(config.stop_ids) or tuple(dict.fromkeys((*policy.stop_ids, *template.stop_ids)))
+
+    # ------------------------------------------------------------ prompts, rewards
+    prompts = PromptDataset(config.train_dataset, template, config.seed)
+    print(prompts.dataset.summary(), flush=True)
+    held_out = None
+    if config.eval_dataset.path:
+        like_train = dataclasses.replace(config.eval_dataset, seq_length=config.train_dataset.seq_length)
+        held_out = PromptDataset(like_train, template, config.seed, name="eval_dataset", keep_last=True)
+    functions = function_sources(config.reward_function)
+    sources = [*reward_models.sources, *functions]
+    weights = parse_weights(config, len(reward_models.sources), len(functions))
+
+    # ------------------------------------------------------------ schedule
+    steps_per_epoch = min(prompts.steps_per_epoch, config.max_steps_per_epoch or prompts.steps_per_epoch)
+    total_steps = config.num_epochs * steps_per_epoch
+    updates_per_step = config.ppo_epochs * config.num_responses // config.mini_batch_size
+    warmup_updates = math.ceil(config.warmup_epochs * steps_per_epoch * updates_per_step)
+    frozen_steps = math.ceil(config.policy_freeze_epochs * steps_per_epoch)
+
+    policy_lr, value_lr = (
+        make_schedule(config.lr_schedule, lr, total_steps * updates_per_step, warmup_updates)
+        for lr in (config.lr, config.value_lr or config.lr)
+    )
+    policy_optimizer = make_optimizer(config.optimizer, policy_lr)
+    value_optimizer = make_optimizer(config.optimizer, value_lr)
+
+    # ------------------------------------------------------------ device programs
+    sampling = SamplingConfig(
+        max_new_tokens=config.max_continuation_len, min_new_tokens=config.min_continuation_len,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+    )  # fmt: skip
+    sample = make_sampler(
+        policy.cfg, sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), logprob_space=config.logprob_space, mesh=mesh
+    )
+    forward = make_forward(policy.cfg, reference.cfg, value.cfg, config, mesh)
+    finish = make_finish(config, mesh)
+    update_both, update_value = (
+        make_update(
+            policy.cfg, value.cfg, config, policy_optimizer, value_optimizer, mesh, train_policy=train_policy
+        )
+        for train_policy in (True, False)
+    )  # fmt: skip
+    state = PPOState(
+        create_train_state(policy.params, param_specs(policy.cfg, "lm"), policy_optimizer, mesh),
+        create_train_state(value.params, param_specs(value.cfg, "value"), value_optimizer, mesh),
+        put(np.float32(config.kl_coef), whole),
+    )
+    ref_params, policy_cfg, value_cfg = reference.params, policy.cfg, value.cfg
+    del policy, value, reference  # their weights live in the state now, which is donated from update to update
+
+    # ------------------------------------------------------------ one step
+    moments, checked = RunningMoments(), False
+
+    def respond(params: dict, batch: PromptBatch, step: int) -> tuple[SampledBatch, RewardBatch]:
+        """Responses to the prompts, the same number to each: as tokens, and as what reward sources read."""
+        each = config.num_responses // len(batch.tokens)
+        tokens, lengths = np.repeat(batch.tokens, each, axis=0), np.repeat(batch.lengths, each)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        samples = sample(params, tokens, lengths, key, np.arange(len(tokens), dtype=np.int32))
+        sampled = join_samples(tokens, lengths, samples, pad_id=pad_id(tokenizer))
+        return sampled, reward_batch(batch, sampled, tokenizer)
+
+    def place(plan: Plan, most: int) -> PackPlan:
+        """A plan on the devices, for a program that takes up to `most` responses."""
+        return place_plan(*plan, rows, -(-most // rows), mesh)
+
+    def ppo_step(state: PPOState, numbered: tuple[int, PromptBatch]) -> tuple[PPOState, dict[str, Any]]:
+        nonlocal moments, checked
+        (step, batch), timer = numbered, PhaseTimer()
+        with timer.phase("rollout"):
+            sampled, responses = respond(state.policy.params, batch, step)
+        num_samples = len(responses)
+
+        with timer.phase("score"):
+            plan = pack(sampled.lengths, max_length, max_length)
+            tokens, mask = put((sampled.tokens, sampled.mask), whole)
+            models = (state.policy.params, ref_params, state.value.params)
+            passes = forward(*models, tokens, mask, place(plan, num_samples))
+            # While the device runs the passes, the host scores.
+            scored, moments = score_responses(responses, sources, weights, config, moments)
+            learnt, rewards = put((sampled.mask & scored.keep[:, None], scored.rewards), whole)
+            rollout, kl_coef, rollout_metrics = finish(tokens, learnt, passes, rewards, state.kl_coef)
+
+        if not checked:
+            again = forward(*models, tokens, mask, place(one_per_row(sampled.lengths, max_length), num_samples))
+            same_start = step == 0 and reference_ref == config.load_checkpoint_policy
+            self_check(sampled, rollout, passes, again, same_start=same_start, dtype=dtype, stop_ids=stop_ids)
+            checked = True
+
+        with timer.phase("update"):
+            update = update_value if step < frozen_steps else update_both
+            stopped, update_metrics = put(np.zeros((), bool), whole), {}
+            epochs = 0 if config.generate_only else config.ppo_epochs
+            for chosen in minibatches(num_samples, config.mini_batch_size, epochs, (config.seed, step)):
+                minibatch = place(pack(sampled.lengths_of(chosen), max_length, max_length), config.mini_batch_size)
+                state, stopped, metrics = update(state, rollout, minibatch, stopped)
+                update_metrics = add_metrics(update_metrics, metrics) if update_metrics else metrics
+
+        log_samples(step + 1, "train", responses, scored, config.logged_samples)
+        metrics = {**scored.metrics, **rollout_metrics, **update_metrics, **timer.metrics()}
+        metrics["tokens/ended_share"] = float(sampled.ended.mean())
+        metrics["tokens/padding_share"] = plan.padding_share(rows)
+        metrics["ppo/learning_rate"] = float(policy_lr(step * updates_per_step))
+        metrics["tokens"] = int(sampled.lengths.sum())
+        if step + 1 == total_steps or (config.eval_freq and (step + 1) % config.eval_freq == 0):
+            metrics |= evaluate(state, step + 1)
+        return state.replace(kl_coef=kl_coef), metrics
+
+    def evaluate(state: PPOState, step: int) -> dict[str, float]:
+        """Scores of one response to each held-out prompt, drawn with the same randomness every time."""
+        if held_out is None:
+            return {}
+        scores, lengths, ended = [], [], []
+        size, count = config.num_responses, len(held_out)
+        for start in tqdm(range(0, count, size), desc="evaluating", leave=False, disable=None):
+            numbers = np.arange(start, start + size) % count  # the last batch is filled up from the start
+            sampled, responses = respond(state.policy.params, held_out.take(numbers), EVAL_STEP - start)
+            scored, _ = score_responses(responses, sources, weights, config, moments)
+            live = min(size, count - start)
+            scores.append(scored.scores[:live])
+            lengths.append(sampled.response_lengths[:live])
+            ended.append(sampled.ended[:live])
+            if start == 0:
+                log_samples(step, "eval", responses, scored, min(live, 4 * config.logged_samples))
+        return {
+            "eval/reward_mean": float(np.concatenate(scores).mean()),
+            "eval/reward_std": float(np.concatenate(scores).std()),
+            "eval/responses_len_mean": float(np.concatenate(lengths).mean()),
+            "eval/ended_share": float(np.concatenate(ended).mean()),
+        }
+
+    # ------------------------------------------------------------ the loop
+    trackers = start_trackers(config.logger, run_dir, config)
+
+    def log_samples(step: int, phase: str, responses: RewardBatch, scored: Scored, count: int) -> None:
+        for tracker in trackers:
+            tracker.log_samples(step, sample_rows(phase, responses, scored, count))
+
+    def export(info: StepInfo, policy_folder: Path) -> None:
+        card = model_card(config, info.metrics, template)
+        export_model(
+            policy_folder, policy_cfg, info.state.policy.params, "lm",
+            tokenizer=tokenizer, generation_config=generation(config, stop_ids, tokenizer),
+            model_card=card,
+        )  # fmt: skip
+
+    def finish_run(info: StepInfo) -> None:
+        export(info, run_dir.hf)
+        export_model(
+            run_dir.path / "hf_value", value_cfg, info.state.value.params, "value",
+            tokenizer=tokenizer,
+            model_card=dataclasses.replace(model_card(config, info.metrics, template), title="Value model"),
+        )  # fmt: skip
+        write_report(run_dir, "PPO")
+
+    start_metrics = evaluate(state, 0)
+    for tracker in trackers if start_metrics else ():
+        tracker.log(0, start_metrics)
+
+    def batches() -> Iterator[tuple[int, PromptBatch]]:
+        for step in range(total_steps):
+            epoch, step_of_epoch = divmod(step, steps_per_epoch)
+            yield step, prompts.batch(epoch * prompts.steps_per_epoch + step_of_epoch)
+
+    bar = {
+        "reward": "env/reward_mean", "KL": "objective/kl", "length": "tokens/responses_len_mean",
+        "tok/s": "tokens_per_second",
+    }  # fmt: skip
+    run_loop(
+        state,
+        batches(),
+        ppo_step,
+        start=0,
+        total=total_steps,
+        hooks=[
+            progress_hook(total_steps, bar),
+            *tracker_hooks(trackers, config.log_freq),
+            Hook(
+                on_step=lambda info: export(info, run_dir.path / f"hf-{info.step}"),
+                every=config.save_model_freq,
+                needs_state=True,
+            ),
+            Hook(on_end=finish_run),
+        ],
+    )
+    print(f"policy: {run_dir.hf}   value model: {run_dir.path / 'hf_value'}   report: {run_dir.report}")
+
+
+# ---------------------------------------------------------------- small parts
+
+
+def quickstart(config: Config) -> Config:
+    """`config` with the bundled models and prompts where it names none."""
+    bundled = {
+        "load_checkpoint_policy": f"hf::{assets.POLICY}",
+        "load_checkpoint_reward": config.load_checkpoint_reward
+        or ("" if config.reward_function else f"hf::{assets.REWARD_MODEL}"),
+        "train_dataset": dataclasses.replace(
+            config.train_dataset, path=config.train_dataset.path or str(assets.TRAIN_PROMPTS)
+        ),
+        "eval_dataset": dataclasses.replace(
+            config.eval_dataset, path=config.eval_dataset.path or str(assets.EVAL_PROMPTS)
+        ),
+    }
+    return dataclasses.replace(config, **bundled)
+
+
+def value_start(config: Config, reward_shares_tokenizer: bool) -> str:
+    """The reference that the value model starts from."""
+    reward = config.load_checkpoint_reward.split(",")[0].strip()
+    named = config.load_checkpoint_value or ("reward" if reward_shares_tokenizer else "policy")
+    if named == "reward" and not reward:
+        raise UserError("--load_checkpoint_value=reward: --load_checkpoint_reward is empty")
+    return {"reward": reward, "policy": config.load_checkpoint_policy}.get(named, named)
+
+
+def parse_ids(text: str) -> tuple[int, ...]:
+    """The ids in --stop_ids."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError:
+        raise UserError(f"--stop_ids={text}: expected token ids separated by commas") from None
+
+
+def generation(config: Config, stop_ids: tuple[int, ...], tokenizer) -> dict[str, Any]:
+    """How the policy was sampled, for generation_config.json."""
+    return {
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "max_new_tokens": config.max_continuation_len,
+        "eos_token_id": list(stop_ids),
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": pad_id(tokenizer),
+    }
+
+
+def model_card(config: Config, metrics: dict[str, float], template: Template) -> ModelCard:
+    """What the README.md of the exported policy says."""
+    return ModelCard(
+        title=f"{Path(config.load_checkpoint_policy.partition('::')[2]).name} tuned with PPO",
+        method="PPO",
+        base_model=config.load_checkpoint_policy.partition("::")[2],
+        reward_model=config.load_checkpoint_reward or config.reward_function,
+        datasets=(config.train_dataset.path,),
+        input_format=template.render((Message("user", "Your message here!"),), add_generation_prompt=True),
+        hyperparameters={
+            "learning_rate": config.lr,
+            "value learning_rate": config.value_lr or config.lr,
+            "total_train_batch_size": config.num_responses,
+            "mini_batch_size": config.mini_batch_size,
+            **optimizer_facts(config.optimizer),
+            "lr_scheduler_type": config.lr_schedule,
+            "warmup epochs": config.warmup_epochs,
+            "num_epochs": config.num_epochs,
+            "PPO epochs": config.ppo_epochs,
+            "KL penalty coefficient": config.kl_coef,
+            "temperature": config.temperature,
+            "discount factor": config.gamma,
+            "GAE lambda": config.lam,
+            "clip range": config.cliprange,
+            "value clip range": config.cliprange_value,
+            "value loss coefficient": config.vf_coef,
+            "maximum response length": config.max_continuation_len,
+            "seed": config.seed,
+        },
+        metrics={name: value for name, value in metrics.items() if not name.startswith("time/")},
+    )
+
+
+if __name__ == "__main__":
+    run(main, Config)
