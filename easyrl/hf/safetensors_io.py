@@ -1,4 +1,4 @@
-"""Safetensors files: a checkpoint of one or many files read slice by slice, and written shard by shard."""
+"""Safetensors files: a checkpoint of one or many files read slice by slice, and written tensor by tensor."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  (teaches numpy bfloat16, before safetensors looks for it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from easyrl.core.errors import UserError
 from easyrl.hf.fields import read_json
@@ -16,7 +15,9 @@ from easyrl.hf.layout import Slices
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FLOATS = ("F64", "F32", "F16", "BF16")
+
+# numpy's name of a type -> the name in a safetensors header
+FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Checkpoint:
@@ -63,8 +64,10 @@ class Checkpoint:
                 f"{self.file(name)}: tensor {name} has shape {list(found)}, expected {list(shape)} from config.json"
             )
         dtype = self._slices[name].get_dtype()
-        if dtype not in FLOATS:
-            raise UserError(f"{self.file(name)}: tensor {name} has type {dtype}, expected one of {', '.join(FLOATS)}")
+        if dtype not in FLOATS.values():
+            raise UserError(
+                f"{self.file(name)}: tensor {name} has type {dtype}, expected one of {', '.join(FLOATS.values())}"
+            )
 
     def read(self, name: str, slices: Slices) -> np.ndarray:
         """One slice of a tensor; nothing else of it is copied into memory."""
@@ -114,7 +117,7 @@ def plan_shards(infos: Iterable[TensorInfo], max_bytes: float) -> list[list[Tens
 
 
 def write_checkpoint(directory: Path, shards: list[list[TensorInfo]], tensors: Iterable[np.ndarray]) -> None:
-    """Write `tensors`, which come in the order of the plan; one shard is in memory at a time.
+    """Write `tensors`, which come in the order of the plan; one of them is in memory at a time.
 
     One shard becomes model.safetensors; several become numbered files and an index.
     """
@@ -122,11 +125,34 @@ def write_checkpoint(directory: Path, shards: list[list[TensorInfo]], tensors: I
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # safetensors writes a numpy array's memory as it lies, whatever its strides say
-        arrays = {info.name: np.ascontiguousarray(next(tensors)) for info in shard}
-        save_file(arrays, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(arrays, file)
+        _write_file(directory / file, shard, tensors)
+        weight_map |= {info.name: file for info in shard}
     if len(shards) > 1:
         total = sum(info.nbytes for shard in shards for info in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, shard: list[TensorInfo], tensors: Iterator[np.ndarray]) -> None:
+    """One safetensors file, whose tensors are taken from `tensors` as they are written.
+
+    The library's `save_file` wants every tensor of the file at once and copies them all, so the layout is written here:
+    the header's length as 8 bytes, a JSON header padded to 8 bytes, then the tensors' bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for info in shard:
+        header[info.name] = {
+            "dtype": FLOATS[info.dtype.name],
+            "shape": info.shape,
+            "data_offsets": (offset, offset + info.nbytes),
+        }
+        offset += info.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for info in shard:
+            array = np.ascontiguousarray(next(tensors))
+            assert (array.shape, array.dtype) == (info.shape, info.dtype), info
+            file.write(array.view(np.uint8).data)
