@@ -1,0 +1,47 @@
+# Every target sets up what it needs in .venv: a machine with Python 3.11 to 3.13 and make is enough.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+# On two cores, two processes that each keep to their own core are the quickest.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(READY) ## make .venv and install easyrl with its development tools
+
+$(READY): pyproject.toml
+	@python=; for name in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
+		if $$name -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
+		then python=$$name; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "easyrl needs Python 3.11, 3.12 or 3.13: make PYTHON=/path/to/python" >&2; exit 1; fi; \
+	echo "Setting up $(VENV) with $$python, once: this takes a few minutes."; \
+	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## train the bundled tiny model with PPO, in minutes on two CPU cores
+	$(BIN)/python -m easyrl.train_ppo --mesh_dim=1,-1,1
+
+test: $(READY) ## run the tests, except slow and hardware ones
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-slow: $(READY) ## run the slow tests
+	$(BIN)/python -m pytest -m 'slow and not hardware' $(ARGS)
+
+lint: $(READY) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## put the code into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
