@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from easyrl.core.errors import UserError
+from easyrl.core.files import sync
 from easyrl.hf.families import HEAD_CLASSES, family_of
 from easyrl.hf.fields import read_json
 from easyrl.hf.layout import HFTensor, named_leaves
@@ -158,9 +159,12 @@ def _check_replaceable(directory: Path) -> None:
 
 def _replace(directory: Path, finished: Path) -> None:
     """Give `finished` the name `directory`; an earlier export steps aside first and is then removed."""
+    for path in finished.iterdir():
+        sync(path)
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         directory.rename(old)
     finished.rename(directory)
+    sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)

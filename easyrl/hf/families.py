@@ -35,15 +35,16 @@ def config_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     return by_type[model_type].config_from_hf(raw, source)
 
 
-def read_config(directory: Path) -> ModelConfig:
+def read_config(directory: str | Path) -> ModelConfig:
     """The configuration of a transformers folder."""
-    return config_from_hf(read_json(directory / "config.json"), str(directory / "config.json"))
+    path = Path(directory) / "config.json"
+    return config_from_hf(read_json(path), str(path))
 
 
-def read_stop_ids(directory: Path) -> tuple[int, ...]:
+def read_stop_ids(directory: str | Path) -> tuple[int, ...]:
     """The ids that end a text: `eos_token_id` of generation_config.json, else of config.json, else none."""
     for name in ("generation_config.json", "config.json"):
-        path = directory / name
+        path = Path(directory) / name
         ids = read_json(path).get("eos_token_id") if path.exists() else None
         if ids is None:
             continue

@@ -26,7 +26,7 @@ PROGRESS_BYTES = 1e9  # a smaller model loads before a bar would be of use
 
 
 def load_params(
-    directory: Path,
+    directory: str | Path,
     cfg: ModelConfig,
     head: str,
     mesh: Mesh,
