@@ -111,6 +111,7 @@ def _write_texts(
     """Everything but the weights."""
     family = family_of(cfg)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    generation = {key: value for key, value in generation.items() if value is not None and value != []}
     special |= {key: generation[key] for key in special if key in generation}
     special = {key: value for key, value in special.items() if value is not None}
     config = {
@@ -129,7 +130,8 @@ def _write_texts(
         _write_json(directory / "generation_config.json", generation_json({**special, **generation}))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    text = render(card or ModelCard(title=f"A {cfg.hf_type} model"), head)
+    chat = getattr(tokenizer, "chat_template", None) is not None
+    text = render(card or ModelCard(title=f"A {cfg.hf_type} model"), head, chat=chat)
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -3,28 +3,26 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-# head -> (the Hub's task, the class to load it with, what to do with it)
+# head -> (the Hub's task, the class to load it with, what to do with the tokens of `inputs`)
 _USES = {
     "lm": (
         "text-generation",
         "AutoModelForCausalLM",
-        'inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))",
     ),
     "reward": (
         "text-classification",
         "AutoModelForSequenceClassification",
-        'inputs = tokenizer(conversation, return_tensors="pt", add_special_tokens=False)\n'
-        "score = model(**inputs).logits[0, 0]  # of the last token: the whole conversation's score",
+        "score = model(**inputs).logits[0, 0]  # one number for the whole conversation, read at its last token",
     ),
     "value": (
         "token-classification",
         "AutoModelForTokenClassification",
-        'inputs = tokenizer(conversation, return_tensors="pt", add_special_tokens=False)\n'
         "values = model(**inputs).logits[0, :, 0]  # the return expected after each token",
     ),
 }
@@ -50,8 +48,11 @@ class ModelCard:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def render(card: ModelCard, head: str) -> str:
-    """The card as Markdown with the Hub's YAML front matter; `head` is `lm`, `reward` or `value`."""
+def render(card: ModelCard, head: str, *, chat: bool = False) -> str:
+    """The card as Markdown with the Hub's YAML front matter.
+
+    `head` is `lm`, `reward` or `value`; `chat` says whether the tokenizer beside it has a chat template.
+    """
     task, auto_class, use = _USES[head]
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     front["tags"] = ["easyrl", *([card.method.lower()] if card.method else [])]
@@ -81,7 +82,8 @@ def render(card: ModelCard, head: str) -> str:
     parts.append(
         "## How to load it\n\n```python\n"
         f"from transformers import {auto_class}, AutoTokenizer\n\n"
-        f"model = {auto_class}.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n{use}\n```"
+        f"model = {auto_class}.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"{_tokenize(head, chat)}\n{use}\n```"
     )
     return "\n\n".join(parts) + "\n"
 
@@ -94,6 +96,14 @@ def _input_format(example: str) -> str:
     return text
 
 
+def _tokenize(head: str, chat: bool) -> str:
+    """The line of Python that makes `inputs`."""
+    if not chat:
+        return 'inputs = tokenizer(text, return_tensors="pt")'
+    prompt = ", add_generation_prompt=True" if head == "lm" else ""
+    return f'inputs = tokenizer.apply_chat_template(messages{prompt}, return_tensors="pt", return_dict=True)'
+
+
 def _bullets(facts: Mapping[str, Any]) -> str:
     return "\n".join(f"- {name}: {_show(value)}" for name, value in facts.items() if value != "")
 
@@ -103,4 +113,4 @@ def _show(value: Any) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None and not Path(name).exists()

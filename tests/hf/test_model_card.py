@@ -62,6 +62,13 @@ def test_every_head_says_how_to_load_it():
         assert f"model = {auto}.from_pretrained(folder)" in render(ModelCard("x"), head)
 
 
+def test_tokens_come_from_the_chat_template_where_there_is_one():
+    call = "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True,"
+    assert call in render(ModelCard("x"), "lm", chat=True)
+    assert "add_generation_prompt" not in render(ModelCard("x"), "reward", chat=True)
+    assert 'inputs = tokenizer(text, return_tensors="pt")' in render(ModelCard("x"), "value").splitlines()
+
+
 def test_what_is_not_known_is_left_out():
     text = render(ModelCard("x"), "reward")
     assert "Base model" not in text
