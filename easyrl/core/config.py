@@ -45,6 +45,22 @@ BOOLS = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True) | dict.fromkey
 )
 
 
+class Range(NamedTuple):
+    """The numbers that a flag accepts; None: no bound on that side."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+
+    def holds(self, number: float) -> bool:
+        low = (self.least is None or number >= self.least) and (self.above is None or number > self.above)
+        return low and (self.most is None or number <= self.most)
+
+    def __str__(self) -> str:
+        words = (("{:g} or more", self.least), ("more than {:g}", self.above), ("at most {:g}", self.most))
+        return ", ".join(text.format(bound) for text, bound in words if bound is not None)
+
+
 class FlagSpec(NamedTuple):
     """One flag: what is known of it from the config class alone."""
 
@@ -53,6 +69,7 @@ class FlagSpec(NamedTuple):
     default: Any
     help: str
     choices: tuple = ()  # empty: any value
+    range: Range = Range()
     group_help: str = ""  # help of the nested config that the flag belongs to
 
     @property
@@ -64,13 +81,14 @@ class FlagSpec(NamedTuple):
 CONFIG_SPEC = FlagSpec("config", str, "", "YAML file of flag values, nested or with dotted keys. Flags win over it.")
 
 
-def flag(default: T, help: str, choices: Iterable[T] = ()) -> T:
+def flag(default: T, help: str, choices: Iterable[T] = (), **bounds: float) -> T:
     """A dataclass field that is a flag, or a group of flags when `default` is itself a config.
 
     `help` says what the value does, in which unit, and what an empty or zero value means. `choices`, if given, are the
-    only values accepted.
+    only values accepted; of numbers, those within the `bounds` (least, above, most, as in `Range`).
     """
-    field: Any = dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices)})
+    metadata = {"help": help, "choices": tuple(choices), "range": Range(**bounds)}
+    field: Any = dataclasses.field(default=default, metadata=metadata)
     return field
 
 
@@ -95,8 +113,8 @@ def flag_specs(config_class: type) -> list[FlagSpec]:
             if dataclasses.is_dataclass(kind):
                 yield from walk(kind, f"{prefix}{field.name}.", default, text)
             else:
-                choices = field.metadata.get("choices", ())
-                yield FlagSpec(prefix + field.name, kind, kind(default), text, choices, group_help)
+                choices, numbers = field.metadata.get("choices", ()), field.metadata.get("range", Range())
+                yield FlagSpec(prefix + field.name, kind, kind(default), text, choices, numbers, group_help)
 
     return list(walk(config_class, "", None, ""))
 
@@ -117,6 +135,8 @@ def parse_value(spec: FlagSpec, text: str) -> Any:
         raise ValueError("expected a number")
     if spec.choices and value not in spec.choices:
         raise ValueError(f"expected one of {', '.join(map(str, spec.choices))}")
+    if spec.type in (int, float) and not spec.range.holds(value):
+        raise ValueError(f"expected {spec.range}")
     return value
 
 
@@ -263,8 +283,8 @@ def help_text(config_class: type) -> str:
         for spec in specs:
             default = f'"{spec.default}"' if spec.type is str else str(spec.default).lower()
             head = f"  --{'[no]' if spec.type is bool else ''}{spec.name}  {spec.type.__name__}, default {default}"
-            if spec.choices:
-                head += f", one of {', '.join(map(str, spec.choices))}"
+            if limits := f"one of {', '.join(map(str, spec.choices))}" if spec.choices else str(spec.range):
+                head += f", {limits}"
             lines += textwrap.wrap(head, width, subsequent_indent=" " * 8, break_on_hyphens=False)
             lines += textwrap.wrap(spec.help, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
         lines.append("")

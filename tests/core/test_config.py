@@ -115,6 +115,27 @@ def test_yaml_numbers_however_written(write, text):
     assert load_config(Config, [write(f"optimizer.lr: {text}")]).optimizer.lr == 1e-6
 
 
+@pytest.mark.parametrize(
+    ("bounds", "words", "good", "bad"),
+    [
+        ({"least": 0}, "0 or more", [0, 0.5, math.inf], [-1e-9]),
+        ({"above": 0}, "more than 0", [1e-9], [0, -1]),
+        ({"above": 0, "most": 1}, "more than 0, at most 1", [0.5, 1], [0, 1.5, math.inf]),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_wherever_they_stand(write, bounds, words, good, bad):
+    bounded = dataclasses.make_dataclass(
+        "Bounded", [("rate", float, flag(0.5, "A rate.", **bounds))], frozen=True, namespace={"__doc__": ""}
+    )
+    for value in good:
+        assert load_config(bounded, [f"--rate={value}"]).rate == value
+    for value in bad:
+        for argument in (f"--rate={value}", write(f"rate: {value}")):
+            with pytest.raises(UserError, match=f"rate={value}.*expected {words}"):
+                load_config(bounded, [argument])
+    assert f"--rate  float, default 0.5, {words}\n" in help_text(bounded)
+
+
 @pytest.mark.parametrize("text", ["007", "1:30", "yes", "2024-01-01", "0x10", "1,-1,1"])
 def test_yaml_text_stays_as_written(write, text):
     assert load_config(Config, [write(f"name: {text}")]).name == text
