@@ -222,7 +222,7 @@ def make_update(
         if ppo.target_kl:
             stopped |= metrics["ppo/policy/approxkl"].value > ppo.target_kl
         policy, taken = apply_gradients(state.policy, grads, policy_optimizer, ~stopped)
-        metrics["ppo/policy/grad_norm"] = constant_mean(optax.global_norm(grads))
+        metrics["ppo/policy/grad_norm"] = constant_mean(optax.tree.norm(grads))
         metrics["ppo/policy/skipped"] = constant_mean(1.0 - taken)
         return policy, stopped, metrics
 
@@ -231,7 +231,7 @@ def make_update(
             plan, lambda p, g: value_objective(p, g, rollout, num_tokens), state.value.params, value_shardings.params
         )
         value, taken = apply_gradients(state.value, grads, value_optimizer, ~stopped)
-        metrics["ppo/val/grad_norm"] = constant_mean(optax.global_norm(grads))
+        metrics["ppo/val/grad_norm"] = constant_mean(optax.tree.norm(grads))
         metrics["ppo/val/skipped"] = constant_mean(1.0 - taken)
         return value, metrics
 

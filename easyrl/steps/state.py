@@ -49,7 +49,7 @@ def apply_gradients(
 
     Returns (state, whether the step was taken).
     """
-    taken = apply & jnp.isfinite(optax.global_norm(grads))
+    taken = apply & jnp.isfinite(optax.tree.norm(grads))
 
     def step(state):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

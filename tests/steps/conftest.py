@@ -14,7 +14,7 @@ from easyrl.models.llama import LlamaConfig
 from easyrl.steps.packed import place_plan
 
 
-@pytest.fixture
+@pytest.fixture(scope="package")
 def cfg() -> LlamaConfig:
     """A tiny Llama whose dimensions divide by 8, so that every mesh of 8 devices takes it."""
     return LlamaConfig(
@@ -22,7 +22,7 @@ def cfg() -> LlamaConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="package")
 def value_cfg(cfg) -> LlamaConfig:
     return dataclasses.replace(cfg, num_layers=1, mlp_size=40)
 
@@ -62,7 +62,7 @@ class Ragged:
         return place_plan(source, positions, segments, rows, groups, mesh)
 
 
-@pytest.fixture
+@pytest.fixture(scope="package")
 def ragged() -> Ragged:
     """Eight samples of a prompt and a response, of all sorts of lengths, with garbage in the padding."""
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def ragged() -> Ragged:
     return Ragged(tokens, prompts + responses, mask)
 
 
-@pytest.fixture
+@pytest.fixture(scope="package")
 def one_device():
     return make_mesh("1,1,1", jax.devices()[:1])
 

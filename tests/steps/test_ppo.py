@@ -1,24 +1,28 @@
 """PPO's device side against a plain loop, and its invariances."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easyrl.core.params import abstract
 from easyrl.core.sharding import make_mesh
 from easyrl.models.families import param_specs
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from easyrl.steps.ppo import PPOConfig, PPOState, make_finish, make_forward, make_update
-from easyrl.steps.state import create_train_state
+from easyrl.steps.packed import PackPlan
+from easyrl.steps.ppo import PPOConfig, PPOState, Rollout, make_finish, make_forward, make_update
+from easyrl.steps.state import TrainState, create_train_state
 from tests.steps.conftest import everywhere, make_params
 
 OPTIMIZER = OptimizerConfig(weight_decay=0.01)
 SCORES = np.random.default_rng(1).normal(size=8).astype(np.float32)
 
 
-def optimizer(lr=3e-3):
+def optimizer(lr=3e-4):
     return make_optimizer(OPTIMIZER, make_schedule("constant", lr, 10))
 
 
@@ -56,41 +60,43 @@ def run_iteration(cfg, value_cfg, ppo, mesh, ragged, plan, updates=2):
     return jax.device_get(rollout), values_of(metrics) | values_of(update_metrics), weights
 
 
+@pytest.fixture(scope="module")
+def reference_run(cfg, value_cfg, ragged, one_device):
+    """An iteration on one device, all samples in one group, one sample a row."""
+    return run_iteration(cfg, value_cfg, PPOConfig(), one_device, ragged, ragged.rows_plan(one_device, 8, 1))
+
+
 def assert_same(a, b, atol=1e-5):
-    for (x, metrics_x, weights_x), (y, metrics_y, weights_y) in [(a, b)]:
-        jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, atol=atol), x, y)
-        assert metrics_x.keys() == metrics_y.keys()
-        for name in metrics_x:
-            np.testing.assert_allclose(metrics_x[name], metrics_y[name], atol=atol, rtol=atol, err_msg=name)
-        jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, atol=atol), weights_x, weights_y)
+    (rollout_a, metrics_a, weights_a), (rollout_b, metrics_b, weights_b) = a, b
+    assert metrics_a.keys() == metrics_b.keys()
+    for name in metrics_a:
+        np.testing.assert_allclose(metrics_a[name], metrics_b[name], atol=atol, rtol=atol, err_msg=name)
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=atol)
+    jax.tree.map(close, rollout_a, rollout_b)
+    jax.tree.map(close, weights_a, weights_b)
 
 
 @pytest.mark.parametrize("mesh_dim", ["8,1,1", "1,8,1", "1,1,8", "2,2,2"])
-def test_an_iteration_is_the_same_on_every_mesh(mesh_dim, cfg, value_cfg, ragged, one_device):
+def test_an_iteration_is_the_same_on_every_mesh(mesh_dim, cfg, value_cfg, ragged, reference_run):
     mesh = make_mesh(mesh_dim, jax.devices()[:8])
-    one = run_iteration(cfg, value_cfg, PPOConfig(), one_device, ragged, ragged.rows_plan(one_device, 8, 1))
     many = run_iteration(cfg, value_cfg, PPOConfig(), mesh, ragged, ragged.rows_plan(mesh, 8, 1))
-    assert_same(one, many)
+    assert_same(reference_run, many)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_micro_batches_change_nothing(rows, cfg, value_cfg, ragged, one_device):
-    ppo = PPOConfig(entropy_coef=0.01, kl_in="loss", kl_estimator="k3")
-    whole = run_iteration(cfg, value_cfg, ppo, one_device, ragged, ragged.rows_plan(one_device, 8, 1))
-    split = run_iteration(cfg, value_cfg, ppo, one_device, ragged, ragged.rows_plan(one_device, rows, 8 // rows))
-    assert_same(whole, split)
+def test_micro_batches_change_nothing(rows, cfg, value_cfg, ragged, one_device, reference_run):
+    plan = ragged.rows_plan(one_device, rows, 8 // rows)
+    assert_same(reference_run, run_iteration(cfg, value_cfg, PPOConfig(), one_device, ragged, plan))
 
 
-def test_packing_changes_nothing(cfg, value_cfg, ragged, one_device):
-    whole = run_iteration(cfg, value_cfg, PPOConfig(), one_device, ragged, ragged.rows_plan(one_device, 8, 1))
+def test_packing_changes_nothing(cfg, value_cfg, ragged, one_device, reference_run):
     plan = ragged.packed_plan(one_device, rows=1, groups=8, length=48)
     assert 1 < int(plan.count) < 8  # the trip count is what the samples need, not what the buffer holds
-    assert_same(whole, run_iteration(cfg, value_cfg, PPOConfig(), one_device, ragged, plan))
+    assert_same(reference_run, run_iteration(cfg, value_cfg, PPOConfig(), one_device, ragged, plan))
 
 
-def test_padding_is_never_read(cfg, value_cfg, ragged, one_device):
-    plan = ragged.rows_plan(one_device, 8, 1)
-    clean = run_iteration(cfg, value_cfg, PPOConfig(), one_device, ragged, plan)
+def test_padding_is_never_read(cfg, value_cfg, ragged, one_device, reference_run):
+    plan, clean = ragged.rows_plan(one_device, 8, 1), reference_run
     real = np.arange(ragged.tokens.shape[1]) < ragged.lengths[:, None]
     other = dataclasses.replace(ragged, tokens=np.where(real, ragged.tokens, 95 - ragged.tokens))
     changed = run_iteration(cfg, value_cfg, PPOConfig(), one_device, other, plan)
@@ -98,7 +104,7 @@ def test_padding_is_never_read(cfg, value_cfg, ragged, one_device):
 
 
 def test_ratio_is_one_on_the_first_minibatch_and_moves_on_the_second(cfg, value_cfg, ragged, one_device):
-    ppo, plan = PPOConfig(cliprange=0.01), ragged.rows_plan(one_device, 8, 1)
+    ppo, plan = PPOConfig(cliprange=0.001), ragged.rows_plan(one_device, 8, 1)
     state = start(cfg, value_cfg, one_device)
     rollout, _ = roll_out(state, cfg, value_cfg, ppo, one_device, ragged, plan)
     update, stopped = make_update(cfg, value_cfg, ppo, optimizer(), optimizer(), one_device), not_stopped(one_device)
@@ -187,7 +193,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(cfg, value
     assert values_of(metrics)["ppo/policy/skipped"] == 1 and values_of(metrics)["ppo/val/skipped"] == 0
 
 
-def test_update_compiles_once_and_keeps_no_logits_of_the_batch(cfg, value_cfg, ragged, one_device):
+def test_update_compiles_once(cfg, value_cfg, ragged, one_device):
     plan = ragged.rows_plan(one_device, 8, 1)
     ppo, state = PPOConfig(), start(cfg, value_cfg, one_device)
     rollout, _ = roll_out(state, cfg, value_cfg, ppo, one_device, ragged, plan)
@@ -195,3 +201,35 @@ def test_update_compiles_once_and_keeps_no_logits_of_the_batch(cfg, value_cfg, r
     for _ in range(2):
         state, stopped, _ = update(state, rollout, plan, stopped)
     assert update._cache_size() == 1
+
+
+def lower_update(cfg, mesh, batch, rows, length):
+    """The update of policy and value model of one configuration, lowered on shapes alone."""
+    tokens, float_BT = jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch, length), "float32")
+    names = [field.name for field in dataclasses.fields(Rollout) if field.name not in ("tokens", "mask", "scores")]
+    scores, mask = jax.ShapeDtypeStruct((batch,), "float32"), jax.ShapeDtypeStruct((batch, length), bool)
+    rollout = Rollout(tokens=tokens, mask=mask, scores=scores, **dict.fromkeys(names, float_BT))
+    packed = jax.ShapeDtypeStruct((batch // rows, rows, length), jnp.int32)
+    plan = PackPlan(packed, packed, packed, jax.ShapeDtypeStruct((), jnp.int32))
+    models = {head: abstract(param_specs(cfg, head), jnp.float32, mesh) for head in ("lm", "value")}
+    new = lambda params: TrainState(params, optimizer().init(params), jnp.zeros((), jnp.int32))
+    state = PPOState(*(jax.eval_shape(new, params) for params in models.values()), jax.ShapeDtypeStruct((), "float32"))
+    update = make_update(cfg, cfg, PPOConfig(entropy_coef=0.01), optimizer(), optimizer(), mesh)
+    return update.lower(state, rollout, plan, jax.ShapeDtypeStruct((), bool))
+
+
+def test_update_holds_no_logits_of_a_whole_batch(cfg, one_device):
+    rows, length, vocab = 2, 512, 4096
+    cfg = dataclasses.replace(cfg, vocab_size=vocab, max_positions=length)
+    compiled = lower_update(cfg, one_device, 4, rows, length).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < rows * length * vocab * 4
+    sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())}
+    assert max(sizes) < rows * length * vocab
+
+
+def test_the_program_does_not_grow_with_depth(cfg, one_device):
+    shallow, deep = (
+        len(lower_update(dataclasses.replace(cfg, num_layers=depth), one_device, 4, 2, 32).as_text().splitlines())
+        for depth in (4, 32)
+    )
+    assert deep == shallow
