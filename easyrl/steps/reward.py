@@ -1,0 +1,207 @@
+"""Reward models: an optimizer step on scored sequences, evaluation, and scoring.
+
+A score is the scalar head's output at a sequence's last real token. Sequences run packed, and each group of rows hands
+its scores to the losses of `algos.preference`, whose means are over all pairs (or sequences) of the batch.
+
+A pair's loss couples two scores, and both get their gradient from one forward pass; so both sequences of a pair must be
+in one group, and `place_reward_batch` refuses any other plan. The alternative, one pass for all scores and a second one
+for the gradient of their sum weighted by d loss / d score, would take any plan and cost a third more.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from easyrl.algos.preference import pairwise_loss, pointwise_loss
+from easyrl.core.config import flag
+from easyrl.core.masking import Mean, constant_mean
+from easyrl.core.sharding import Shard, put, replicated
+from easyrl.data.packing import Plan, most_rows, pack
+from easyrl.models.families import ModelConfig, param_specs
+from easyrl.models.heads import scalar
+from easyrl.models.trunk import trunk
+from easyrl.steps.packed import PackPlan, gather, grads_over_groups, over_groups, place_plan
+from easyrl.steps.segments import last_tokens, packed_rows, pairs_together, sequence_sums
+from easyrl.steps.state import TrainState, apply_gradients, state_shardings
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardLossConfig:
+    """How scores become a loss (`algos.preference`)."""
+
+    loss: str = flag(
+        "pairwise",
+        "pairwise: the chosen answer scores higher; pointwise: the score is the logit of label 1.",
+        choices=("pairwise", "pointwise"),
+    )
+    label_smoothing: float = flag(0.0, "Pairwise: the share of preferences taken to be the wrong way round, below 0.5.")
+    center_coef: float = flag(0.0, "Pairwise: weight of (chosen + rejected)^2, which holds the mean score near 0.")
+
+
+class RewardBatch(flax.struct.PyTreeNode):
+    """A padded batch, what is known of its answers, and the plan that packs it.
+
+    Pairwise, rows 2i and 2i + 1 are the chosen and the rejected answer of pair i and `targets` are margins [B / 2];
+    pointwise, `targets` are labels [B]. Rows of length 0 are filler.
+    """
+
+    tokens: Array  # int32 [B, T]
+    lengths: Array  # int32 [B]
+    targets: Array  # float32
+    plan: PackPlan
+
+
+def place_reward_batch(
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    targets: np.ndarray,
+    packing: Plan,
+    rows: int,
+    groups: int,
+    mesh: Mesh,
+) -> RewardBatch:
+    """Host arrays as a batch that every device holds, in `groups` groups of `rows` packed rows.
+
+    Raises ValueError when `packing` parts a pair; whether there are pairs shows in the size of `targets`.
+    """
+    paired = len(targets) != len(tokens)
+    if paired and not pairs_together(packing.source, rows, tokens.shape):
+        raise ValueError(f"the packing plan parts a pair: both its sequences must be in one group of {rows} rows")
+    arrays = (np.asarray(tokens, np.int32), np.asarray(lengths, np.int32), np.asarray(targets, np.float32))
+    placed_tokens, placed_lengths, placed_targets = put(arrays, replicated(mesh))
+    return RewardBatch(placed_tokens, placed_lengths, placed_targets, place_plan(*packing, rows, groups, mesh))
+
+
+def make_reward_step(
+    cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, config: RewardLossConfig
+) -> Callable:
+    """`step(state: TrainState, batch: RewardBatch) -> (state, metrics)`, jitted, `state` donated.
+
+    Metrics (`Mean` pairs): loss and those of `algos.preference`, grad_norm before clipping, skipped (1 where the
+    gradient was not finite and the state was left as it was), tokens (all the real ones).
+    """
+    objective = _objective(cfg, mesh, config)
+    shardings = state_shardings(param_specs(cfg, "reward"), optimizer, mesh)
+
+    def step(state: TrainState, batch: RewardBatch) -> tuple[TrainState, dict[str, Mean]]:
+        count = jnp.maximum(jnp.sum(_real(batch), dtype=jnp.float32), 1.0)
+        grads, metrics = grads_over_groups(
+            batch.plan, lambda params, group: objective(params, group, batch, count), state.params, shardings.params
+        )
+        state, taken = apply_gradients(state, grads, optimizer, jnp.bool_(True))
+        metrics["grad_norm"] = constant_mean(optax.tree.norm(grads))
+        metrics["skipped"] = constant_mean(1.0 - taken)
+        metrics["tokens"] = constant_mean(jnp.sum(batch.plan.segment_ids_GRS > 0))
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def make_reward_eval(cfg: ModelConfig, mesh: Mesh, config: RewardLossConfig) -> Callable:
+    """`evaluate(params, batch: RewardBatch) -> metrics`, jitted: loss and `algos.preference`'s, accuracy among them.
+
+    Add up the batches of a data set with `core.masking.add_means`.
+    """
+    objective = _objective(cfg, mesh, config)
+
+    def evaluate(params: dict, batch: RewardBatch) -> dict[str, Mean]:
+        measure = lambda group: objective(params, group, batch, 1.0)[1]
+        shapes = jax.eval_shape(measure, batch.plan.group(jnp.int32(0)))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return over_groups(batch.plan, zeros, lambda group, sums: jax.tree.map(jnp.add, sums, measure(group)))
+
+    return jax.jit(evaluate, out_shardings=replicated(mesh))
+
+
+def _objective(cfg: ModelConfig, mesh: Mesh, config: RewardLossConfig) -> Callable:
+    """`objective(params, group, batch, count) -> (the group's summed loss / count, its metrics)`."""
+    shard = Shard(mesh)
+
+    def objective(params: dict, group: PackPlan, batch: RewardBatch, count) -> tuple[Array, dict[str, Mean]]:
+        scores, here = _group_scores(params, cfg, group, batch.tokens, batch.lengths, shard)
+        if config.loss == "pairwise":
+            loss, metrics = pairwise_loss(
+                scores[::2], scores[1::2], here[::2] & here[1::2], margins=batch.targets,
+                label_smoothing=config.label_smoothing, center_coef=config.center_coef,
+            )  # fmt: skip
+        else:
+            loss, metrics = pointwise_loss(scores, batch.targets, here)
+        return loss.total / count, {"loss": loss} | metrics
+
+    return objective
+
+
+def _real(batch: RewardBatch) -> Array:
+    """bool, shaped like the targets: the pairs, or sequences, that are not filler."""
+    real = batch.lengths > 0
+    return real if len(batch.targets) == len(real) else real[::2] & real[1::2]
+
+
+def _group_scores(
+    params: dict, cfg: ModelConfig, group: PackPlan, tokens: Array, lengths: Array, shard: Shard
+) -> tuple[Array, Array]:
+    """(scores float32 [B], whether the sequence is in this group, bool [B])."""
+    hidden, _ = trunk(params, cfg, *packed_rows(group, tokens, shard), shard=shard)
+    last = gather(last_tokens(lengths, tokens.shape), group.source_GRS, False)
+    scores = jnp.where(last, scalar(params, cfg, hidden), 0.0)
+    return sequence_sums(scores, group, tokens.shape), sequence_sums(last, group, tokens.shape) > 0
+
+
+class SequenceScorer:
+    """A frozen reward model behind a host function: token sequences in, scores out.
+
+    Args:
+      params: of `param_specs(cfg, "reward")`, on `mesh`.
+      max_length: the most tokens of a sequence, and the length of a packed row.
+      num_sequences: scored in one call of the compiled program; more are scored in several.
+      rows: packed rows in one pass, a multiple of the devices that share the batch.
+
+    One program serves every batch, and runs as many passes as the batch has tokens for.
+    """
+
+    def __init__(self, params: dict, cfg: ModelConfig, mesh: Mesh, *, max_length: int, num_sequences: int, rows: int):
+        self._params, self._mesh = params, mesh
+        self._max_length, self._num_sequences, self._rows = max_length, num_sequences, rows
+        self._groups = -(-most_rows(num_sequences, max_length, max_length) // rows)
+        shard = Shard(mesh)
+
+        def score(params: dict, tokens: Array, lengths: Array, plan: PackPlan) -> Array:
+            def body(group: PackPlan, scores: Array) -> Array:
+                return scores + _group_scores(params, cfg, group, tokens, lengths, shard)[0]
+
+            return over_groups(plan, jnp.zeros(num_sequences, jnp.float32), body)
+
+        self._score = jax.jit(score, out_shardings=replicated(mesh))
+
+    def __call__(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 [B]: the score at the last token of each sequence.
+
+        Every process calls this with the same sequences and gets all the scores. Raises ValueError for a sequence
+        that is empty or longer than max_length.
+        """
+        lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+        wrong = np.flatnonzero((lengths < 1) | (lengths > self._max_length))
+        if wrong.size:
+            found = f"sequence {wrong[0]} has {lengths[wrong[0]]} tokens"
+            raise ValueError(f"{found}, expected 1 to {self._max_length}")
+        starts = range(0, len(sequences), self._num_sequences)
+        scores = [self._score_batch(sequences[start : start + self._num_sequences]) for start in starts]
+        return np.concatenate([np.zeros(0, np.float32), *scores])
+
+    def _score_batch(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
+        tokens = np.zeros((self._num_sequences, self._max_length), np.int32)
+        lengths = np.zeros(self._num_sequences, np.int32)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : len(sequence)], lengths[row] = sequence, len(sequence)
+        plan = pack(lengths, self._max_length, self._max_length)
+        whole = put((tokens, lengths), replicated(self._mesh))
+        placed = place_plan(*plan, self._rows, self._groups, self._mesh)
+        return np.asarray(self._score(self._params, *whole, placed))[: len(sequences)]

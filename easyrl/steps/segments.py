@@ -1,0 +1,41 @@
+"""Sequences inside packed rows: a model's input for one group, and one number for each sequence.
+
+A padded batch [B, T] holds one sequence a row, and a plan's `source` (b * T + t) remembers which sequence every packed
+token came from, so numbers per token come together per sequence wherever packing put them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easyrl.core.sharding import Shard
+from easyrl.steps.packed import PackPlan, gather
+
+Array = jax.Array
+
+
+def packed_rows(group: PackPlan, tokens_BT: Array, shard: Shard) -> tuple[Array, Array, Array]:
+    """(tokens, positions, segment_ids) of one group, each int32 [R, S], rows split over the data axes."""
+    rows = (gather(tokens_BT, group.source_GRS), group.positions_GRS, group.segment_ids_GRS)
+    return tuple(shard(x, "batch", "time") for x in rows)  # type: ignore[return-value]
+
+
+def sequence_sums(values_RS: Array, group: PackPlan, shape_BT: tuple[int, ...]) -> Array:
+    """float32 [B]: packed `values` summed over the tokens of each sequence; 0 for sequences outside this group."""
+    B, T = shape_BT
+    row = jnp.where(group.source_GRS >= 0, group.source_GRS // T, B)
+    return jnp.zeros(B, jnp.float32).at[row.reshape(-1)].add(values_RS.reshape(-1).astype(jnp.float32), mode="drop")
+
+
+def last_tokens(lengths_B: Array, shape_BT: tuple[int, ...]) -> Array:
+    """bool [B, T]: True at the last real token of each row, nowhere in a row of length 0."""
+    return jnp.arange(shape_BT[1]) == lengths_B[:, None] - 1
+
+
+def pairs_together(source: np.ndarray, rows: int, shape_BT: tuple[int, ...]) -> bool:
+    """Whether a host plan keeps each sequence whole and sequences 2i and 2i + 1 in one group of `rows` packed rows."""
+    group = np.broadcast_to(np.arange(len(source))[:, None] // rows, source.shape)[source >= 0]
+    pair = source[source >= 0] // shape_BT[1] // 2
+    group_of = np.full(shape_BT[0] // 2, -1)
+    group_of[pair] = group
+    return bool(np.all(group_of[pair] == group))

@@ -1,0 +1,146 @@
+"""Reward models: losses against plain code, one result for every packing and mesh, scores of the last real token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from easyrl.core.sharding import make_mesh
+from easyrl.data.packing import one_per_row, pack
+from easyrl.models.families import param_specs
+from easyrl.models.heads import scalar
+from easyrl.models.trunk import trunk
+from easyrl.steps.reward import (
+    RewardLossConfig,
+    SequenceScorer,
+    make_reward_eval,
+    make_reward_step,
+    place_reward_batch,
+)
+from easyrl.steps.segments import pairs_together
+from easyrl.steps.state import create_train_state
+from tests.steps.conftest import make_params
+
+PAIRWISE = RewardLossConfig("pairwise", label_smoothing=0.1, center_coef=0.05)
+POINTWISE = RewardLossConfig("pointwise")
+MARGINS = np.array([0.0, 0.5, 2.0, -0.25], np.float32)
+LABELS = np.array([1, 0, 0, 1, 1, 1, 0, 0], np.float32)
+# mesh, rows per group, packed row length (0: one pair, or sequence, a row)
+LAYOUTS = {
+    "pairwise": [("1,1,1", 1, 0), ("8,1,1", 8, 48), ("1,2,4", 2, 70)],
+    "pointwise": [("2,2,2", 4, 48)],
+}
+
+
+def log_sigmoid(x):
+    return -jnp.log1p(jnp.exp(-x))
+
+
+def plain_scores(params, cfg, tokens, lengths):
+    """The scalar at the last real token of padded sequences, one sequence at a time."""
+    T = tokens.shape[1]
+
+    def of_row(row):
+        tokens, length = row
+        segments = (jnp.arange(T) < length).astype(jnp.int32)
+        hidden, _ = trunk(params, cfg, tokens[None], jnp.arange(T)[None], segments[None])
+        return scalar(params, cfg, hidden)[0, length - 1]
+
+    return jax.lax.map(of_row, (tokens, lengths))
+
+
+def plain_loss(scores, config):
+    if config.loss == "pointwise":
+        return -jnp.mean(LABELS * log_sigmoid(scores) + (1 - LABELS) * log_sigmoid(-scores))
+    chosen, rejected = scores[::2], scores[1::2]
+    x = chosen - rejected - MARGINS
+    smooth = config.label_smoothing
+    preference = -(1 - smooth) * log_sigmoid(x) - smooth * log_sigmoid(-x)
+    return jnp.mean(preference + config.center_coef * (chosen + rejected) ** 2)
+
+
+def place(ragged, config, mesh, rows, length, extra=0):
+    """The ragged batch, with `extra` filler sequences behind it."""
+    T = ragged.tokens.shape[1]
+    tokens = np.pad(ragged.tokens, ((0, extra), (0, 0)))
+    lengths = np.pad(ragged.lengths, (0, extra))
+    together = 2 if config.loss == "pairwise" else 1
+    targets = np.pad(MARGINS if together == 2 else LABELS, (0, extra // together), constant_values=9.0)
+    packing = (
+        pack(lengths, T, length, together=together)
+        if length
+        else one_per_row(lengths, T, T * together, together=together)
+    )
+    return place_reward_batch(tokens, lengths, targets, packing, rows, 8 // rows + 1, mesh)
+
+
+@pytest.mark.parametrize("config", [PAIRWISE, POINTWISE], ids=lambda config: config.loss)
+def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ragged, one_device, config):
+    @jax.jit
+    def plain(params):
+        def loss(params):
+            scores = plain_scores(params, cfg, ragged.tokens, ragged.lengths)
+            return plain_loss(scores, config), scores
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, scores), grads = jax.device_get(plain(make_params(cfg, "reward", one_device)))
+    better = scores[::2] > scores[1::2] if config is PAIRWISE else (scores > 0) == LABELS
+    for mesh_dim, rows, length in LAYOUTS[config.loss]:
+        mesh = make_mesh(mesh_dim, jax.devices()[: 1 if mesh_dim == "1,1,1" else 8])
+        optimizer = optax.sgd(1.0)  # the update is the gradient
+        params = make_params(cfg, "reward", mesh)
+        before = jax.device_get(params)
+        state = create_train_state(params, param_specs(cfg, "reward"), optimizer, mesh)
+        batch = place(ragged, config, mesh, rows, length, extra=2 if length else 0)
+
+        state, metrics = make_reward_step(cfg, optimizer, mesh, config)(state, batch)
+
+        np.testing.assert_allclose(metrics["loss"].value, loss, rtol=1e-5)
+        after = jax.device_get(state.params)
+        jax.tree.map(lambda a, b, g: np.testing.assert_allclose(a - b, g, atol=1e-5), before, after, grads)
+        assert metrics["loss"].count == len(better)
+        assert metrics["tokens"].value == ragged.lengths.sum()
+        np.testing.assert_allclose(metrics["accuracy"].value, better.mean())
+        np.testing.assert_allclose(metrics["mean_reward"].value, scores.mean(), atol=1e-5)
+    # The last layout also serves for the evaluation; the step has taken its parameters.
+    evaluated = make_reward_eval(cfg, mesh, config)(make_params(cfg, "reward", mesh), batch)
+    assert evaluated.keys() == metrics.keys() - {"grad_norm", "skipped", "tokens"}
+    for name, mean in evaluated.items():
+        np.testing.assert_allclose(mean.value, metrics[name].value, atol=1e-5, err_msg=name)
+
+
+def test_a_plan_that_parts_a_pair_is_refused(cfg, ragged, one_device):
+    T = ragged.tokens.shape[1]
+    apart = one_per_row(ragged.lengths, T, T)  # rows of a pair follow each other: together in groups of 2, not of 1
+    assert pairs_together(apart.source, 2, ragged.tokens.shape)
+    assert pairs_together(pack(ragged.lengths, T, 60, together=2).source, 1, ragged.tokens.shape)
+    with pytest.raises(ValueError, match="parts a pair: both its sequences must be in one group of 1 rows"):
+        place_reward_batch(ragged.tokens, ragged.lengths, MARGINS, apart, 1, 8, one_device)
+
+
+@pytest.mark.parametrize("mesh_dim", ["1,1,1", "2,2,2"])
+def test_scorer_gives_the_score_of_the_last_token_with_one_program(cfg, ragged, one_device, mesh_dim):
+    mesh = make_mesh(mesh_dim, jax.devices()[: 1 if mesh_dim == "1,1,1" else 8])
+    plain = jax.jit(plain_scores, static_argnums=1)
+    expected = plain(make_params(cfg, "reward", one_device), cfg, ragged.tokens, ragged.lengths)
+    scorer = SequenceScorer(make_params(cfg, "reward", mesh), cfg, mesh, max_length=24, num_sequences=3, rows=4)
+    sequences = [tokens[:length] for tokens, length in zip(ragged.tokens, ragged.lengths, strict=True)]
+
+    scores = scorer(sequences)  # in three batches: 3, 3 and 2
+
+    assert scores.dtype == np.float32 and scores.shape == (8,)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    np.testing.assert_allclose(scorer(sequences[:1]), expected[:1], atol=1e-5)
+    assert scorer._score._cache_size() == 1
+    assert scorer([]).shape == (0,)
+
+
+@pytest.mark.parametrize("length", [0, 25])
+def test_scorer_refuses_sequences_it_cannot_hold(cfg, one_device, length):
+    scorer = SequenceScorer(
+        make_params(cfg, "reward", one_device), cfg, one_device, max_length=24, num_sequences=2, rows=1
+    )
+    with pytest.raises(ValueError, match=f"sequence 1 has {length} tokens, expected 1 to 24"):
+        scorer([np.ones(3, np.int32), np.ones(length, np.int32)])
