@@ -1,6 +1,6 @@
 """Who may attend to whom, and attention itself.
 
-Axes: B batch, T query time, S key time, N query heads, K key/value heads, G = N / K, H head size.
+Axes: B batch, T query time, S key time, N query heads, K key/value heads, G = N / K, M = G x T, H head size.
 """
 
 import jax
@@ -26,8 +26,14 @@ def attention_mask(
     return mask
 
 
-def use_cudnn(implementation: str, dtype, head_size: int) -> bool:
-    """Whether to take cuDNN's flash kernel: asked for, or `auto` on a GPU in half precision."""
+def use_cudnn(implementation: str, dtype, head_size: int, num_queries: int) -> bool:
+    """Whether to take cuDNN's flash kernel: asked for, or `auto` on a GPU in half precision.
+
+    Never for a single query: one step of decoding reads the cache once whatever the kernel, and cuDNN's wants the cache
+    in another layout.
+    """
+    if num_queries == 1:
+        return False
     if implementation != "auto":
         return implementation == "cudnn"
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -41,14 +47,16 @@ def attend(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, *, impl
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
-    if use_cudnn(implementation, q_BTNH.dtype, H):
+    if use_cudnn(implementation, q_BTNH.dtype, H, T):
         return jax.nn.dot_product_attention(
             q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), mask=mask_BTS[:, None], implementation="cudnn"
         )
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * (H**-0.5)
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
+    # The queries of a group as rows of one matrix: the same product, and up to twice as fast on a CPU.
+    G = N // K
+    q_BKMH = (q_BTNH * (H**-0.5)).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores = jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32)
     # A finite floor keeps rows with nothing to attend to (padding) free of NaN.
-    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH)
-    return out_BTKGH.reshape(B, T, N, H)
+    scores = jnp.where(mask_BTS[:, None, None], scores.reshape(B, K, G, T, -1), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(B, K, G * T, -1)
+    out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights, v_BKSH)
+    return out_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

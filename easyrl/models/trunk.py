@@ -1,6 +1,8 @@
-"""Tokens to hidden states: a family's block scanned over its stacked layers.
+"""Tokens to hidden states: a family's block run over its layers.
 
-The scan keeps compile time independent of depth. One function serves training, scoring, prefill and cached decoding.
+Stacked layers are scanned, which keeps compile time independent of depth: training, scoring and prefill. Layers that
+`unstack_layers` has taken apart are unrolled, which spares decoding a copy of every layer's weights at every step. One
+function serves both.
 """
 
 import functools
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from easyrl.models.attention import attend, attention_mask
-from easyrl.models.cache import Cache
+from easyrl.models.cache import Cache, write
 from easyrl.models.families import ModelConfig, family_of
 
 Array = jax.Array
@@ -20,6 +22,17 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input only
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products with weights
 }
+
+
+def unstack_layers(params: dict, cfg: ModelConfig) -> dict:
+    """Parameters as decoding wants them: `layers` a tuple of single layers, everything in the compute dtype.
+
+    A scan slices each layer out of the stacked arrays, and on some platforms (CPU) that copies it. One step of decoding
+    does little else than read the weights, so they are laid out once for all steps.
+    """
+    params = jax.tree.map(lambda w: w.astype(cfg.dtype), params)
+    layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(cfg.num_layers)]
+    return params | {"layers": tuple(layers)}
 
 
 def trunk(
@@ -36,7 +49,8 @@ def trunk(
 
     tokens, positions, segment_ids: int32 [B, T]. Segment 0 is padding; under packing positions restart in each segment.
     With a `cache`, the T tokens are written to its next T slots and attend over all of it; without one they attend over
-    themselves. `shard` pins activations to a mesh (`core.sharding.Shard`).
+    themselves. `shard` pins activations to a mesh (`core.sharding.Shard`). `params` may come from `unstack_layers`; no
+    gradient is taken then, and cfg.remat is not read.
     """
     family = family_of(cfg)
     shard = shard or (lambda x, *axes: x)
@@ -45,9 +59,8 @@ def trunk(
     if cache is None:
         k_positions, k_segments = positions_BT, segment_ids_BT
     else:
-        start = (0, cache.index)
-        k_positions = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, start)
-        k_segments = jax.lax.dynamic_update_slice(cache.segment_ids_BS, segment_ids_BT, start)
+        k_positions = write(cache.positions_BS, positions_BT, cache.index, axis=1)
+        k_segments = write(cache.segment_ids_BS, segment_ids_BT, cache.index, axis=1)
     mask_of = functools.partial(attention_mask, positions_BT, segment_ids_BT, k_positions, k_segments)
     sliding = _sliding_layers(cfg)
     full_mask = None if all(sliding) else mask_of()
@@ -58,33 +71,35 @@ def trunk(
             return window_mask if full_mask is None else full_mask
         return jnp.where(is_sliding, window_mask, full_mask)
 
-    def body(carry, scanned):
-        x, kv = carry
-        layer, number, is_sliding = scanned
+    def body(x, scanned):
+        layer, is_sliding, slots = scanned
 
         def attend_layer(q, k, v):
-            if kv is None:
-                return attend(q, k, v, layer_mask(is_sliding), implementation=cfg.attention), None
-            slot = (number, 0, 0, cache.index, 0)
-            new_kv = tuple(
-                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), slot)
-                for old, new in zip(kv, (k, v), strict=True)
-            )
-            k_all, v_all = (jax.lax.dynamic_index_in_dim(array, number, keepdims=False) for array in new_kv)
-            return attend(q, k_all, v_all, layer_mask(is_sliding), implementation=cfg.attention), new_kv
+            if cache is not None:
+                k, v = (write(old, new, cache.index, axis=2) for old, new in zip(slots, (k, v), strict=True))
+            out = attend(q, k, v, layer_mask(is_sliding), implementation=cfg.attention)
+            return out, None if cache is None else (k, v)
 
-        return family.block(layer, cfg, x, tables, attend_layer, shard), None
+        return family.block(layer, cfg, x, tables, attend_layer, shard)
 
-    policy = REMAT_POLICIES[cfg.remat]
-    if policy is not None:
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    kv = None if cache is None else (cache.k_LBKSH, cache.v_LBKSH)
-    scanned = (params["layers"], jnp.arange(cfg.num_layers), jnp.asarray(sliding))
-    (x, kv), _ = jax.lax.scan(body, (x, kv), scanned)
+    # One (k, v) a layer, or None.
+    kvs: list = [None] * cfg.num_layers if cache is None else list(zip(cache.keys, cache.values, strict=True))
+    if isinstance(params["layers"], tuple):
+        for i, layer in enumerate(params["layers"]):
+            x, kvs[i] = body(x, (layer, sliding[i], kvs[i]))
+    else:
+        policy = REMAT_POLICIES[cfg.remat]
+        if policy is not None:
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        stacked = jax.tree.map(lambda *slots: jnp.stack(slots), *kvs)
+        x, stacked = jax.lax.scan(body, x, (params["layers"], jnp.asarray(sliding), stacked))
+        kvs = [jax.tree.map(lambda slots, i=i: slots[i], stacked) for i in range(cfg.num_layers)]
+
     hidden = family.final_norm(params, cfg, x)
     if cache is None:
         return hidden, None
-    return hidden, Cache(*kv, k_positions, k_segments, cache.index + tokens_BT.shape[1])
+    keys, values = zip(*kvs, strict=True)
+    return hidden, Cache(keys, values, k_positions, k_segments, cache.index + tokens_BT.shape[1])
 
 
 def _sliding_layers(cfg: ModelConfig) -> tuple[bool, ...]:

@@ -1,0 +1,69 @@
+"""Who attends to whom, and attention against a loop."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easyrl.models.attention import attend, attention_mask, use_cudnn
+
+rng = np.random.default_rng(0)
+
+
+def mask_of(positions, segments, window=None):
+    positions, segments = jnp.asarray([positions]), jnp.asarray([segments])
+    return np.asarray(attention_mask(positions, segments, positions, segments, window))[0].astype(int).tolist()
+
+
+def test_a_token_attends_to_its_own_segment_up_to_itself():
+    assert mask_of([0, 1, 0, 1, 2], [1, 1, 2, 2, 2]) == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 1, 1, 1],
+    ]
+
+
+def test_nobody_attends_to_padding():
+    mask = np.array(mask_of([0, 1, 2, 3], [1, 1, 0, 0]))
+    assert not mask[:2, 2:].any()
+
+
+def test_a_window_holds_the_token_and_those_just_before():
+    assert mask_of([0, 1, 2, 3], [1, 1, 1, 1], window=2) == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 0, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("T", [1, 5])
+def test_attend_is_a_loop_over_rows_heads_and_queries(N, K, T):
+    B, S, H = 2, 6, 8
+    q, k, v = rng.normal(size=(B, T, N, H)), rng.normal(size=(B, K, S, H)), rng.normal(size=(B, K, S, H))
+    mask = rng.random((B, T, S)) < 0.6
+    mask[:, :, 0] = True
+    expected = np.zeros((B, T, N, H))
+    for b, t, n in np.ndindex(B, T, N):
+        kept, head = mask[b, t], n // (N // K)
+        scores = k[b, head, kept] @ q[b, t, n] / np.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        expected[b, t, n] = weights / weights.sum() @ v[b, head, kept]
+    out = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(mask))
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_a_query_with_nothing_to_attend_to_is_finite():
+    q, kv = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 2, 3, 4))
+    assert jnp.isfinite(attend(q, kv, kv, jnp.zeros((1, 1, 3), bool))).all()
+
+
+def test_the_flash_kernel_is_for_many_queries_in_half_precision_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert use_cudnn("auto", "bfloat16", 128, num_queries=64)
+    assert not use_cudnn("auto", "float32", 128, num_queries=64)
+    assert not use_cudnn("auto", "bfloat16", 100, num_queries=64)
+    assert not use_cudnn("cudnn", "bfloat16", 128, num_queries=1)
+    assert not use_cudnn("xla", "bfloat16", 128, num_queries=64)

@@ -1,0 +1,68 @@
+"""Norms and rotary embeddings against their formulas, and the relations they must keep."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easyrl.models.layers import RopeScaling, apply_rope, rms_norm, rope_frequencies, rope_tables
+
+rng = np.random.default_rng(0)
+
+
+def rotate(x_TH, positions, freqs):
+    """`apply_rope` of one head of one row."""
+    cos, sin = rope_tables(jnp.asarray(positions)[None], freqs)
+    return np.asarray(apply_rope(jnp.asarray(x_TH, jnp.float32)[None, :, None], cos, sin))[0, :, 0]
+
+
+def test_rms_norm_is_its_formula():
+    x, scale = rng.normal(size=(3, 5, 8)), rng.normal(size=8)
+    expected = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5) * scale
+    np.testing.assert_allclose(rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-5), expected, atol=1e-5)
+
+
+def test_rms_norm_keeps_its_statistics_in_float32():
+    x = jnp.full((1, 512), 300.0, jnp.float16)  # its square overflows float16
+    out = rms_norm(x, jnp.ones(512), 1e-5)
+    assert out.dtype == jnp.float16
+    np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=1e-3)
+
+
+def test_rope_is_a_rotation_of_half_pairs():
+    H, freqs = 8, rope_frequencies(8, 10000.0, None)
+    x = rng.normal(size=(3, H))
+    z = (x[:, :4] + 1j * x[:, 4:]) * np.exp(1j * np.array([0, 1, 7])[:, None] * freqs)
+    np.testing.assert_allclose(rotate(x, [0, 1, 7], freqs), np.concatenate([z.real, z.imag], -1), atol=1e-5)
+
+
+def test_rope_products_depend_on_relative_positions_only():
+    freqs = rope_frequencies(16, 10000.0, None)
+    q, k = rng.normal(size=(2, 4, 16))
+    far = rotate(q, np.arange(4) + 90, freqs) @ rotate(k, np.arange(4) + 90, freqs).T
+    near = rotate(q, np.arange(4), freqs) @ rotate(k, np.arange(4), freqs).T
+    np.testing.assert_allclose(far, near, atol=1e-4)
+
+
+def test_linear_scaling_is_position_interpolation():
+    x, plain = rng.normal(size=(4, 16)), rope_frequencies(16, 10000.0, None)
+    stretched = rope_frequencies(16, 10000.0, RopeScaling("linear", 4.0))
+    np.testing.assert_allclose(rotate(x, [0, 4, 8, 40], stretched), rotate(x, [0, 1, 2, 10], plain), atol=1e-5)
+
+
+def test_llama3_scaling_leaves_short_waves_and_stretches_long_ones():
+    scaling = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64)
+    plain, scaled = rope_frequencies(64, 10000.0, None), rope_frequencies(64, 10000.0, scaling)
+    wavelengths = 2 * np.pi / plain
+    short, long = wavelengths < 64 / 4, wavelengths > 64 / 1
+    np.testing.assert_array_equal(scaled[short], plain[short])
+    np.testing.assert_allclose(scaled[long], plain[long] / 8)
+    between = ~short & ~long
+    assert short.any() and long.any() and between.any()
+    assert np.all((scaled < plain) & (scaled > plain / 8), where=between)
+    assert np.all(np.diff(scaled) < 0)
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 2.0)])
+def test_position_zero_is_not_rotated(scaling):
+    x = rng.normal(size=(1, 8))
+    np.testing.assert_allclose(rotate(x, [0], rope_frequencies(8, 500.0, scaling)), x, atol=1e-6)
