@@ -1,5 +1,8 @@
 """Log-probs: the shift, packing, chunking, and no logits of a whole batch."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,8 +59,8 @@ def test_chunking_changes_neither_values_nor_gradients(cfg, one_device, monkeypa
 
 
 def test_no_logits_of_the_whole_batch_exist_in_the_gradient(cfg, one_device):
-    B, T, V = 2, 512, 4096
-    cfg = type(cfg)(**{**vars(cfg), "vocab_size": V, "max_positions": T})
+    B, T, V = 2, 1024, 16384
+    cfg = dataclasses.replace(cfg, vocab_size=V, max_positions=T, num_heads=2, num_kv_heads=1)
     params = jax.eval_shape(lambda: make_params(cfg, "lm", one_device))
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
 
@@ -67,4 +70,4 @@ def test_no_logits_of_the_whole_batch_exist_in_the_gradient(cfg, one_device):
     compiled = jax.jit(jax.grad(loss)).lower(params, ids, ids, ids).compile()
 
     assert compiled.memory_analysis().temp_size_in_bytes < B * T * V * 4
-    assert f"f32[{B},{T},{V}]" not in compiled.as_text()
+    assert not re.search(rf"f32\[{B},{T},{V}\]|f32\[{B * T},{V}\]", compiled.as_text())

@@ -219,8 +219,8 @@ def lower_update(cfg, mesh, batch, rows, length):
 
 
 def test_update_holds_no_logits_of_a_whole_batch(cfg, one_device):
-    rows, length, vocab = 2, 512, 4096
-    cfg = dataclasses.replace(cfg, vocab_size=vocab, max_positions=length)
+    rows, length, vocab = 2, 1024, 16384
+    cfg = dataclasses.replace(cfg, vocab_size=vocab, max_positions=length, num_heads=2, num_kv_heads=1)
     compiled = lower_update(cfg, one_device, 4, rows, length).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < rows * length * vocab * 4
     sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())}
