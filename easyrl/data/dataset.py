@@ -3,7 +3,7 @@
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,21 @@ from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.data.formats import EXPECTED
 from easyrl.data.messages import BadRow
-from easyrl.data.readers import OnBad, Row, Source, open_source, parse_mixture, refuse
+from easyrl.data.readers import OnBad, Row, Source, open_source, parse_mixture, parse_split, refuse
 from easyrl.data.report import DataReport, table
 from easyrl.data.sequences import Encoder, Limits, Sample, TokenSequence
 from easyrl.data.store import VERSION, Store, open_store, write_store
 from easyrl.data.templates import Template
 from easyrl.data.tokenizer import fingerprint
+from easyrl.data.workers import encode_rows
+
+LEAST = {"seq_length": 1, "batch_size": 1, "num_workers": 0, "max_prompt_length": 0, "row_length": 0, "batch_rows": 0}
+WORTH_PROCESSES = 32_000_000  # bytes of text: below, starting processes takes longer than they save
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Where rows come from, and how they are cut and batched."""
+    """Where rows come from, and how they are cut and batched. Enough for prompts."""
 
     path: str = flag(
         "",
@@ -33,11 +37,10 @@ class DatasetConfig:
         "Several with commas: A,B uses all rows of both; A:0.7,B:0.3 draws from them with these weights.",
     )
     split: str = flag(
-        "", "Part of the data: the name of a split, a slice of rows, or both, as in train, [2048:] or test[:100]."
+        "", "Part of the data: a split's name, a slice of rows, or both, as in train, [2048:] or test[:100]."
     )
-    seq_length: int = flag(1024, "Tokens that a sample may have: a prompt with its answer, or a prompt alone for PPO.")
-    max_prompt_length: int = flag(
-        0, "Tokens that the prompt of a sample may have; 0: as many as the answer leaves, at least half."
+    seq_length: int = flag(
+        1024, "Tokens that a sequence may have: a prompt with its answer, or a prompt alone for PPO."
     )
     batch_size: int = flag(32, "Samples in one batch, over all devices. A pair is one sample.")
     shuffle: bool = flag(True, "Visit the rows in a new random order in every epoch.")
@@ -45,13 +48,35 @@ class DatasetConfig:
         False, "Leave out samples that would have to be cut, instead of cutting them."
     )
     skip_bad_rows: bool = flag(False, "Leave out and count rows that cannot be used, instead of stopping at the first.")
-    num_workers: int = flag(0, "Processes that tokenise; 0: one for each core when there is enough to do.")
+    num_workers: int = flag(0, "Processes that tokenise; 0: one for each core if there is enough to do.")
     cache_dir: str = flag("", "Folder for tokenised data; empty: $EASYRL_CACHE, or else ~/.cache/easyrl.")
 
-    def __post_init__(self) -> None:
-        for name, least in (("seq_length", 1), ("max_prompt_length", 0), ("batch_size", 1), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: found {getattr(self, name)}, expected {least} or more")
+    @property
+    def limits(self) -> Limits:
+        """The lengths that samples are cut to."""
+        return Limits(self.seq_length, remove_truncated=self.remove_truncated_samples)
+
+
+@dataclass(frozen=True)
+class PackedDatasetConfig(DatasetConfig):
+    """The same for answered prompts, which are packed."""
+
+    max_prompt_length: int = flag(
+        0, "Tokens that the prompt of a sample may have; 0: as many as the answer leaves, at least half of seq_length."
+    )
+    row_length: int = flag(
+        0,
+        "Tokens in a packed row, which holds a pair as a whole; 0: enough for the longest sample or for two of them, "
+        "whichever leaves less padding.",
+    )
+    batch_rows: int = flag(
+        0,
+        "Packed rows in one batch, which takes as many samples as fit in; 0: batch_size samples in any number of rows.",
+    )
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.seq_length, self.max_prompt_length, self.remove_truncated_samples)
 
 
 class Dataset:
@@ -98,13 +123,21 @@ def load_dataset(config: DatasetConfig, kind: str, template: Template, name: str
 
     Raises UserError, one line that names flag, file and row, for anything that cannot be used.
     """
-    limits = Limits(config.seq_length, config.max_prompt_length, config.remove_truncated_samples)
+    for field, least in LEAST.items():
+        if (value := getattr(config, field, least)) < least:
+            raise UserError(f"--{name}.{field}={value}: expected {least} or more")
+    if not config.path:
+        raise UserError(f"--{name}.path: found nothing, expected a file, a folder or a hub id")
     try:
-        encoder = Encoder(kind, template, limits)
-        parts = parse_mixture(config.path)
-        stores = [_load(open_source(path, config.split), encoder, config) for path, _ in parts]
+        encoder = Encoder(kind, template, config.limits)
+        split = parse_split(config.split)
     except UserError as error:
-        raise UserError(f"--{name}: {error}") from None
+        raise UserError(f"--{name}.{error}") from None
+    try:
+        parts = parse_mixture(config.path)
+        stores = [_load(open_source(path, split), encoder, config) for path, _ in parts]
+    except UserError as error:
+        raise UserError(f"--{name}.path: {error}") from None
     weights = [weight for _, weight in parts if weight is not None]
     return Dataset(stores, weights or None)
 
@@ -127,7 +160,7 @@ def _load(source: Source, encoder: Encoder, config: DatasetConfig) -> Store:
     if store is None:
         report = DataReport(source.path)
         on_bad: OnBad = report.skip if config.skip_bad_rows else refuse
-        store = write_store(folder, _samples(source, encoder, report, on_bad), report, per_sample)
+        store = write_store(folder, _samples(source, encoder, report, on_bad, config.num_workers), report, per_sample)
     store.report.name = source.path
     if not len(store):
         raise UserError(
@@ -136,27 +169,22 @@ def _load(source: Source, encoder: Encoder, config: DatasetConfig) -> Store:
     return store
 
 
-def _samples(source: Source, encoder: Encoder, report: DataReport, on_bad: OnBad) -> Iterator[Sample]:
+def _samples(source: Source, encoder: Encoder, report: DataReport, on_bad: OnBad, processes: int) -> Iterator[Sample]:
+    def on_broken(error: BadRow) -> None:
+        report.rows += 1
+        on_bad(error)
+
     def counted() -> Iterator[Row]:
-        for row in source.rows(on_bad):
+        for row in source.rows(on_broken):
             report.rows += 1
             yield row
 
     rows = tqdm(
         counted(), desc=f"tokenising {Path(source.path).name}", unit=" rows", total=source.num_rows, disable=None
     )
-    yield from encode_rows(rows, encoder, on_bad)
-
-
-def encode_rows(rows: Iterable[Row], encoder: Encoder, on_bad: OnBad) -> Iterator[Sample]:
-    """The samples of `rows`, in their order. A row that cannot be used goes to `on_bad`, which may raise it."""
-    for row in rows:
-        try:
-            samples = encoder.encode(row)
-        except BadRow as error:
-            on_bad(error.at(row.where))
-        else:
-            yield from samples
+    if not processes:
+        processes = (os.cpu_count() or 1) if source.num_bytes > WORTH_PROCESSES else 1
+    yield from encode_rows(rows, encoder, on_bad, processes)
 
 
 def _what_happened(report: DataReport) -> str:

@@ -18,6 +18,9 @@ class BadRow(UserError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple:
+        return BadRow, (str(self), self.reason)
+
     def at(self, where: str) -> "BadRow":
         """The same complaint, naming the file and the row."""
         return BadRow(f"{where}: {self}", self.reason)

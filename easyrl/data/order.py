@@ -1,60 +1,145 @@
-"""Which samples a step sees: a pure function of the seed and the step."""
+"""Which samples a step sees: a pure function of the seed and the step.
+
+It does not depend on the number of processes or devices, nor on the steps asked for before, so a run's place in its
+data is the number of its step.
+"""
 
 import itertools
+from typing import Protocol
 
 import grain
 import numpy as np
 
+from easyrl.data.packing import best_fit
 
-class SampleOrder:
-    """The order in which samples are visited, for random access by step.
+# A batch of packed rows may hold this many times the samples that fill its rows on average. The bound gives batches a
+# fixed size in memory; only a stretch of uncommonly short samples meets it.
+MOST_SAMPLES = 2.0
 
-    It depends on the sizes of the datasets, the weights, the batch size and the seed, and on nothing else: not on the
-    number of processes or devices, nor on the steps asked for before. A run's place in its data is therefore its step.
 
-    Without weights an epoch visits every sample at most once, in an order that is new for every epoch; its steps are
-    the whole batches, and also the rest under `keep_last`. With weights, dataset k makes up the share `weights[k]` of
-    any longer stretch of samples; each dataset is exhausted before it starts again in a new order; an epoch is as many
-    whole batches as the datasets have samples.
-    """
+class Order(Protocol):
+    """What a loader asks."""
 
-    def __init__(
-        self,
-        sizes: list[int],
-        batch_size: int,
-        seed: int,
-        *,
-        weights: list[float] | None = None,
-        shuffle: bool = True,
-        keep_last: bool = False,
-    ):
-        starts = np.cumsum([0, *sizes])
-        self.batch_size = batch_size
-        self.num_samples = int(starts[-1])
-        self._mixed = weights is not None
-        if weights is None:
-            self._order = _order(0, self.num_samples, seed, shuffle)
-        else:
-            bounds = enumerate(itertools.pairwise(starts.tolist()))
-            parts = [_order(start, stop, seed + k, shuffle).repeat() for k, (start, stop) in bounds]
-            self._order = grain.MapDataset.mix(parts, weights)
-        rest = self.num_samples % batch_size
-        self.steps_per_epoch = self.num_samples // batch_size + bool(rest and keep_last and not self._mixed)
+    most_samples: int  # in any batch
 
     def epoch(self, step: int) -> int:
         """The epoch that `step` belongs to, from 0."""
-        return step // self.steps_per_epoch
+
+    def steps(self, epoch: int) -> int:
+        """The number of steps in `epoch`."""
 
     def samples(self, step: int) -> np.ndarray:
-        """The samples of `step`, int64 [batch_size], or fewer in the last batch of an epoch that keeps its rest."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        start = index * self.batch_size
-        stop = min(start + self.batch_size, self.num_samples)
-        # Epochs lie behind each other in grain's index; in a mixture they follow without a gap.
-        base = epoch * (self.steps_per_epoch * self.batch_size if self._mixed else self.num_samples)
+        """The samples of `step`, int64."""
+
+
+class Stream:
+    """Samples in the order in which epochs visit them, for random access.
+
+    Without weights an epoch visits every sample once, shuffled anew for each. With weights, dataset k makes up the
+    share `weights[k]` of any longer stretch; each dataset is exhausted before it starts again in a new order, and an
+    epoch is as long as all datasets together.
+
+    Args:
+      sizes: samples of each dataset; they are numbered through.
+      seed: of the shuffles.
+    """
+
+    def __init__(self, sizes: list[int], seed: int, *, weights: list[float] | None = None, shuffle: bool = True):
+        self.length = sum(sizes)  # of an epoch
+
+        def visit(start: int, stop: int, seed: int) -> grain.MapDataset:
+            samples = grain.MapDataset.range(start, stop)
+            return samples.seed(seed % 2**32).shuffle() if shuffle else samples
+
+        if weights is None:
+            self._order = visit(0, self.length, seed)
+        else:
+            bounds = itertools.pairwise(itertools.accumulate(sizes, initial=0))
+            parts = [visit(start, stop, seed + part).repeat() for part, (start, stop) in enumerate(bounds)]
+            self._order = grain.MapDataset.mix(parts, weights)
+
+    def samples(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """The samples at places [start, stop) of `epoch`, int64."""
+        base = epoch * self.length  # grain counts on from one epoch to the next
         return np.asarray([self._order[base + place] for place in range(start, stop)], np.int64)
 
 
-def _order(start: int, stop: int, seed: int, shuffle: bool) -> grain.MapDataset:
-    order = grain.MapDataset.range(start, stop)
-    return order.seed(seed % 2**32).shuffle() if shuffle else order
+class SampleOrder:
+    """Batches of a fixed number of samples. The rest of an epoch makes a smaller batch, or is left out."""
+
+    def __init__(self, stream: Stream, batch_size: int, *, keep_last: bool = False):
+        self.most_samples = batch_size
+        self._stream = stream
+        self.steps_per_epoch = stream.length // batch_size
+        if keep_last and stream.length % batch_size:
+            self.steps_per_epoch += 1
+
+    def epoch(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def steps(self, epoch: int) -> int:
+        return self.steps_per_epoch
+
+    def samples(self, step: int) -> np.ndarray:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        start = index * self.most_samples
+        return self._stream.samples(epoch, start, min(start + self.most_samples, self._stream.length))
+
+
+class RowOrder:
+    """Batches of as many samples, in the stream's order, as fit into a fixed number of packed rows.
+
+    The rest of an epoch makes a smaller batch, or is left out. Epochs may differ in their number of steps: to find a
+    step's place, the epochs before it are planned, from lengths alone.
+
+    Args:
+      stream: the order of samples.
+      totals: int [samples], the tokens of each sample, of all its sequences together.
+      rows: packed rows in a batch.
+      row_length: tokens in a row.
+    """
+
+    def __init__(self, stream: Stream, totals: np.ndarray, rows: int, row_length: int, *, keep_last: bool = False):
+        self.most_samples = int(np.ceil(MOST_SAMPLES * rows * row_length / totals.mean()))
+        self._stream, self._totals, self._rows, self._row_length = stream, totals, rows, row_length
+        self._keep_last = keep_last
+        self._planned: dict[int, list[int]] = {}
+
+    def epoch(self, step: int) -> int:
+        return self._place(step)[0]
+
+    def steps(self, epoch: int) -> int:
+        return len(self._bounds(epoch)) - 1
+
+    def samples(self, step: int) -> np.ndarray:
+        epoch, index = self._place(step)
+        start, stop = self._bounds(epoch)[index : index + 2]
+        return self._stream.samples(epoch, start, stop)
+
+    def _place(self, step: int) -> tuple[int, int]:
+        epoch = 0
+        while step >= self.steps(epoch):
+            step -= self.steps(epoch)
+            epoch += 1
+        return epoch, step
+
+    def _bounds(self, epoch: int) -> list[int]:
+        """Batch i of an epoch has the stream's places [bounds[i], bounds[i + 1])."""
+        if epoch not in self._planned:
+            self._planned[epoch] = self._plan(epoch)
+        return self._planned[epoch]
+
+    def _plan(self, epoch: int) -> list[int]:
+        length = self._stream.length
+        totals = self._totals[self._stream.samples(epoch, 0, length)]
+        ends = np.cumsum(totals)
+        bounds = [0]
+        while (start := bounds[-1]) < length:
+            full = self._rows * self._row_length + (ends[start - 1] if start else 0)
+            stop = min(int(np.searchsorted(ends, full, side="right")), start + self.most_samples)
+            while len(best_fit(totals[start:stop], self._row_length)) > self._rows:
+                stop -= 1
+            if stop == length and not self._keep_last and len(bounds) > 1:
+                break
+            bounds.append(stop)
+        return bounds

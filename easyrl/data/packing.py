@@ -38,10 +38,20 @@ def pack(lengths: np.ndarray, width: int, row_length: int, *, together: int = 1)
     belong together do not fit into one row.
     """
     lengths = _checked(lengths, width, together)
-    totals = lengths.reshape(-1, together).sum(axis=1)
+    units = best_fit(lengths.reshape(-1, together).sum(axis=1), row_length)
+    rows = [[unit * together + k for unit in row for k in range(together)] for row in units]
+    return _lay_out(rows, lengths, width, row_length)
+
+
+def best_fit(totals: np.ndarray, row_length: int) -> list[list[int]]:
+    """The units of each row, by best fit decreasing, for units of `totals` tokens; empty units are in none.
+
+    Depends on the totals alone. Raises ValueError for a unit longer than a row.
+    """
     if totals.size and totals.max() > row_length:
-        index = int(totals.argmax())
-        raise ValueError(f"sequences from {index * together} on take {totals[index]} tokens, rows have {row_length}")
+        raise ValueError(
+            f"a row has {row_length} places, expected at least {totals.max()}, to hold unit {totals.argmax()}"
+        )
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free places, row), ascending
     for unit in np.argsort(-totals, kind="stable").tolist():
@@ -54,16 +64,16 @@ def pack(lengths: np.ndarray, width: int, row_length: int, *, together: int = 1)
             free, row = row_length, len(rows) - 1
         else:
             free, row = room.pop(best)
-        rows[row] += range(unit * together, (unit + 1) * together)
+        rows[row].append(unit)
         insort(room, (free - total, row))
-    return _lay_out(rows, lengths, width, row_length)
+    return rows
 
 
-def one_per_row(lengths: np.ndarray, width: int, *, together: int = 1) -> Plan:
-    """The plan that packs nothing: every sequence (or group of `together` sequences) has a row of its own."""
+def one_per_row(lengths: np.ndarray, width: int, row_length: int, *, together: int = 1) -> Plan:
+    """The plan that packs nothing: each sequence (or `together` of them) has its own row. Arguments as in `pack`."""
     lengths = _checked(lengths, width, together)
     rows = [list(range(first, first + together)) for first in range(0, len(lengths), together)]
-    return _lay_out([row for row in rows if lengths[row].any()], lengths, width, width * together)
+    return _lay_out([row for row in rows if lengths[row].any()], lengths, width, row_length)
 
 
 def most_rows(num_sequences: int, width: int, row_length: int, *, together: int = 1) -> int:

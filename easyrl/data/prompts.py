@@ -8,7 +8,7 @@ import numpy as np
 from easyrl.core.errors import UserError
 from easyrl.data.dataset import Dataset, DatasetConfig, load_dataset
 from easyrl.data.messages import Message, Messages
-from easyrl.data.order import SampleOrder
+from easyrl.data.order import SampleOrder, Stream
 from easyrl.data.templates import Template
 from easyrl.data.tokenizer import pad_id
 
@@ -44,14 +44,8 @@ class PromptDataset:
         self.dataset: Dataset = load_dataset(config, "prompt", template, name)
         self.template = template
         self.prompt_length = config.seq_length
-        self._order = SampleOrder(
-            self.dataset.sizes,
-            config.batch_size,
-            seed,
-            weights=self.dataset.weights,
-            shuffle=config.shuffle,
-            keep_last=keep_last,
-        )
+        stream = Stream(self.dataset.sizes, seed, weights=self.dataset.weights, shuffle=config.shuffle)
+        self._order = SampleOrder(stream, config.batch_size, keep_last=keep_last)
         self.steps_per_epoch = self._order.steps_per_epoch
         if self.steps_per_epoch == 0:
             found = f"found {len(self.dataset)} prompts, fewer than --{name}.batch_size={config.batch_size}"

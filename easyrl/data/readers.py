@@ -21,6 +21,7 @@ from easyrl.data.messages import BadRow, show
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 SPLIT = re.compile(r"(?P<name>[\w.\-]*)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
 PARQUET_ROWS = 256  # rows decoded at a time
+ZIPPED = 3  # bytes of text in a byte of a compressed file, roughly
 
 
 class Row(NamedTuple):
@@ -38,12 +39,15 @@ class Split(NamedTuple):
     stop: int | None = None
 
 
+WHOLE = Split("")
+
+
 def parse_split(text: str) -> Split:
     """Reads `train`, `train[:2048]` or `[2048:]`, the slice being of rows counted from 0."""
     match = SPLIT.fullmatch(text.strip())
     if match is None:
         expected = "a name, a slice of rows, or both, as in train, [2048:] or train[:2048]"
-        raise UserError(f"split {text!r}: expected {expected}")
+        raise UserError(f"split={text}: expected {expected}")
     start, stop = match["start"], match["stop"]
     return Split(match["name"], int(start or 0), int(stop) if stop else None)
 
@@ -93,6 +97,7 @@ class Source:
     split: Split
     fingerprint: str  # changes whenever a byte of the data or the choice of rows does
     num_rows: int | None  # None: not known before reading
+    num_bytes: int  # of text, roughly
     _read: Callable[[OnBad], Iterator[Row]]
 
     def rows(self, on_bad: OnBad = refuse) -> Iterator[Row]:
@@ -107,18 +112,19 @@ class Source:
                 yield row
 
 
-def open_source(path: str, split: str = "") -> Source:
+def open_source(path: str, part: Split = WHOLE) -> Source:
     """Opens one path of a mixture. Raises UserError when there is nothing to read there."""
-    part = parse_split(split)
     local = Path(path).expanduser()
     if local.is_file():
+        if part.name:
+            raise UserError(
+                f"{path}: no split {part.name!r}, a file has none; expected a slice of its rows, as in [:100]"
+            )
         return _open_files(path, [local], part)
     if local.is_dir():
         if any((local / name).exists() for name in ("state.json", "dataset_dict.json")):
             return _open_saved(path, local, part)
         return _open_files(path, _files_in(path, local, part.name), part)
-    if not path:
-        raise UserError("found no path, expected a file, a folder or a hub id")
     hub_id = re.fullmatch(r"[\w.\-]+(/[\w.\-]+){0,2}", path) and not path.startswith(".")
     if path.endswith(SUFFIXES) or not hub_id:
         raise UserError(f"{path}: no such file or folder")
@@ -153,7 +159,8 @@ def _open_files(path: str, files: list[Path], part: Split) -> Source:
         for file in files:
             yield from _read_parquet(file) if file.name.endswith(".parquet") else _read_json(file, on_bad)
 
-    return Source(path, part, digest.hexdigest(), None, read)
+    num_bytes = sum(file.stat().st_size * (1 if file.name.endswith((".json", ".jsonl")) else ZIPPED) for file in files)
+    return Source(path, part, digest.hexdigest(), None, num_bytes, read)
 
 
 def _read_json(file: Path, on_bad: OnBad) -> Iterator[Row]:
@@ -170,7 +177,7 @@ def _read_json(file: Path, on_bad: OnBad) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = _loads(line)
+            row = _loads(line.rstrip(b"\r\n"))
         except BadRow as error:
             on_bad(error.at(where))
         else:
@@ -289,7 +296,7 @@ def _open_table(path: str, table: Any, part: Split) -> Source:
         for number, row in enumerate(table, 1):
             yield Row(f"{path} row {number}", row)
 
-    return Source(path, part, f"{table._fingerprint}{part}", len(table), read)
+    return Source(path, part, f"{table._fingerprint}{part}", len(table), table.data.nbytes, read)
 
 
 def _first_line(error: Exception) -> str:

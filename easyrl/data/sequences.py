@@ -87,7 +87,7 @@ class Encoder:
         else:
             answers = [example.completion]
             value = float(example.label) if isinstance(example, Labelled) else 0.0
-        encoded = [self.template.encode_answered(example.prompt, answer) for answer in answers]
+        encoded = self.template.encode_answered(example.prompt, *answers)
         # Both sides of a pair have the same prompt; it may take different ids only where a template looks at the
         # answer.
         prompt_length = max(len(one.prompt) for one in encoded)

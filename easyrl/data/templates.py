@@ -14,7 +14,8 @@ server computes for it, `encode(render(messages, add_generation_prompt=True))`, 
 `tokenizer` stands for the tokenizer's own template; any other name is a file that holds a Jinja template.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,7 @@ NEEDED_TOKENS = {
 }
 # A text that the answer to be encoded can stand behind, for a tokenizer that writes the start of a text in its own way.
 ANCHORS = ("\n", ":", "a")
+TAIL = 64  # characters of a prompt that are looked at to see whether its last token would merge with the answer's first
 
 
 class Answered(NamedTuple):
@@ -119,86 +121,88 @@ class Template:
         """The ids, int32 [P], of messages that await an answer, up to and including the assistant's tag."""
         return np.asarray(encode(self.tokenizer, self.render(messages, add_generation_prompt=True)), np.int32)
 
-    def encode_answered(self, prompt: Messages, completion: Messages) -> Answered:
-        """The ids of `prompt` followed by the turns of `completion`, which starts with an answer.
+    def encode_answered(self, prompt: Messages, *completions: Messages) -> list[Answered]:
+        """The ids of `prompt` followed by the turns of each of `completions`, which start with an answer.
 
         The boundary between a prompt and its answer is where the ids of the prompt alone end. Where the tokenizer would
         merge the two (an answer that starts with white space), the prompt keeps the ids it has at use, and the answer
-        is encoded behind it. With an empty prompt the completion is raw text: bos, text, end token, all of it an answer
+        is encoded behind it. With an empty prompt a completion is raw text: bos, text, end token, all of it an answer
         but for bos.
-
-        Raises BadRow for an answer that contains the end token, from which a policy would learn to stop half-way.
         """
         if not prompt:
-            return self._encode_raw(completion[0].content)
-        ids: list[int] = []
-        marks: list[bool] = []
-        prompt_ids: list[int] = []
-        rewritten = 0
-        for context, answer in self._turns((*prompt, *completion), len(prompt)):
-            if answer is None:
-                rewritten += 1
-                continue
-            context_ids, answer_ids = self._encode_turn(context, answer, first=not prompt_ids)
-            if not prompt_ids:
-                prompt_ids = context_ids
-            else:
-                ids += context_ids
-                marks += [False] * len(context_ids)
-            ids += answer_ids
-            marks += [True] * len(answer_ids)
-        if self.appends_end:
-            ids.append(self.end_id)
-            marks.append(True)
-        return Answered(np.asarray(prompt_ids, np.int32), np.asarray(ids, np.int32), np.asarray(marks, bool), rewritten)
+            return [self._encode_raw(completion[0].content) for completion in completions]
+        # The completions have their prompt in common, and each turn starts like the one before.
+        render, encode_behind = functools.cache(self.render), functools.cache(self._encode_behind)
+        return [self._encode_turns((*prompt, *one), len(prompt), render, encode_behind) for one in completions]
 
     def _encode_raw(self, text: str) -> Answered:
         bos = [] if self.bos_id is None else [self.bos_id]
-        ids = [*encode(self.tokenizer, text), self.end_id]
+        ids = encode(self.tokenizer, text)
+        if self.end_id in ids:
+            ids = self._encode_quoted(text)
+        ids = [*ids, self.end_id]
         return Answered(np.asarray(bos, np.int32), np.asarray(ids, np.int32), np.ones(len(ids), bool), 0)
 
-    def _turns(self, messages: Messages, first: int) -> Iterator[tuple[str, str | None]]:
+    def _encode_turns(self, messages: Messages, first: int, render: Callable, encode_behind: Callable) -> Answered:
+        ids: list[int] = []
+        marks: list[bool] = []
+        prompt_length = rewritten = 0
+        for context, answer in self._turns(messages, first, render):
+            if answer is None:
+                rewritten += 1
+                continue
+            # Every context but the first follows an answer.
+            before = () if not ids else ANCHORS if self.appends_end else (self._end_text,)
+            context_ids = encode_behind(before, context)
+            answer_ids = self._encode_behind((context[-TAIL:], *ANCHORS), answer)
+            closing = [] if self.appends_end else [self.end_id]
+            if self.end_id in answer_ids[: len(answer_ids) - len(closing)]:
+                answer_ids = self._encode_quoted(answer.removesuffix(self._end_text) if closing else answer) + closing
+            prompt_length = prompt_length or len(context_ids)
+            ids += context_ids + answer_ids
+            marks += [False] * len(context_ids) + [True] * len(answer_ids)
+        if self.appends_end:
+            ids.append(self.end_id)
+            marks.append(True)
+        tokens, is_answer = np.asarray(ids, np.int32), np.asarray(marks, bool)
+        return Answered(tokens[:prompt_length], tokens[prompt_length:], is_answer[prompt_length:], rewritten)
+
+    def _turns(self, messages: Messages, first: int, render: Callable) -> Iterator[tuple[str, str | None]]:
         """(context, answer) texts of the answers from message `first` on; together they are the conversation's text.
 
         The answer is None where the template writes an earlier answer differently once later turns follow (Qwen3 drops
         its thinking): such an answer is only context. An answer ends with its end token; text behind that belongs to
         the next context, or to nothing.
         """
-        whole = self.render(messages)
+        whole = render(messages)
         start = 0
         for index in range(first, len(messages)):
             if messages[index].role != "assistant":
                 continue
-            before = self.render(messages[:index], add_generation_prompt=True)
-            after = self.render(messages[: index + 1])
+            before = render(messages[:index], add_generation_prompt=True)
+            after = render(messages[: index + 1])
             if not self.appends_end:
                 head, end, _ = after.rpartition(self._end_text)
                 after = head + end
-            last = index == len(messages) - 1
-            if not (after.startswith(before) and len(after) > len(before) and whole.startswith(after)):
-                if last:
-                    found = "the text of an answered conversation does not start with the text of its prompt"
-                    raise UserError(f"template {self.name!r} cannot be trained with: {found}")
+            if after.startswith(before) and len(after) > len(before) and whole.startswith(after):
+                yield whole[start : len(before)], after[len(before) :]
+                start = len(after)
+            elif index < len(messages) - 1:
                 yield "", None
-                continue
-            yield whole[start : len(before)], after[len(before) :]
-            start = len(after)
+            else:
+                found = "the text of an answered conversation does not start with the text of its prompt"
+                raise UserError(f"template {self.name!r} cannot be trained with: {found}")
 
-    def _encode_turn(self, context: str, answer: str, *, first: bool) -> tuple[list[int], list[int]]:
-        """The ids of a context and of the answer behind it. Every context but the first follows an answer."""
-        anchor: tuple[str, ...] = ()
-        if not first:
-            anchor = ANCHORS if self.appends_end else (self._end_text,)
-        context_ids = self._encode_behind(anchor, context)
-        joint = self._encode_behind(anchor, context + answer)
-        if joint[: len(context_ids)] == context_ids:
-            answer_ids = joint[len(context_ids) :]
-        else:
-            answer_ids = self._encode_behind(ANCHORS, answer)
-        if self.end_id in answer_ids[: len(answer_ids) - (not self.appends_end)]:
-            found = f"an answer contains the end token {self._end_text!r}"
-            raise BadRow(f"{found}, expected it only where the template puts it", "end token inside an answer")
-        return context_ids, answer_ids
+    def _encode_quoted(self, text: str) -> list[int]:
+        """The ids of text that mentions the end token, as ordinary text: a policy must not learn to stop there.
+
+        The text is cut inside every such token, and the parts are encoded one behind the other.
+        """
+        head, tail = self._end_text[:1], self._end_text[1:]
+        first, *others = text.split(self._end_text)
+        parts = [first, *(tail + other for other in others)]
+        parts = [part + head for part in parts[:-1]] + parts[-1:]
+        return [token for part in parts for token in self._encode_behind(ANCHORS, part)]
 
     def _encode_behind(self, anchors: tuple[str, ...], text: str) -> list[int]:
         """The ids that `text` has behind the first of `anchors` that does not merge with it, or else on its own."""

@@ -32,6 +32,11 @@ def make_tokenizer(specials=SPECIALS, *, adds_bos=True, eos="</s>", **settings):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **settings)
 
 
+@pytest.fixture(scope="session", name="make_tokenizer")
+def _make_tokenizer():
+    return make_tokenizer
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A tokenizer with every special token that a bundled template wants."""

@@ -64,9 +64,9 @@ def test_many_short_sequences_waste_little():
 
 
 def test_one_per_row_packs_nothing():
-    plan = one_per_row(np.array([2, 0, 3]), 4)
+    plan = one_per_row(np.array([2, 0, 3]), 4, 4)
     assert plan.source.tolist() == [[0, 1, -1, -1], [8, 9, 10, -1]]
-    plan = one_per_row(np.array([2, 1, 0, 3]), 3, together=2)
+    plan = one_per_row(np.array([2, 1, 0, 3]), 3, 6, together=2)
     assert plan.source.tolist() == [[0, 1, 3, -1, -1, -1], [9, 10, 11, -1, -1, -1]]
     assert plan.segment_ids.tolist() == [[1, 1, 2, 0, 0, 0], [2, 2, 2, 0, 0, 0]]
 
@@ -80,7 +80,7 @@ def test_nothing_to_pack():
     ("call", "complaint"),
     [
         (lambda: pack(np.array([9]), 8, 16), "longer than the batch's width"),
-        (lambda: pack(np.array([5, 6]), 8, 10, together=2), "take 11 tokens, rows have 10"),
+        (lambda: pack(np.array([5, 6]), 8, 10, together=2), "10 places, expected at least 11"),
         (lambda: pack(np.array([5, 6, 7]), 8, 16, together=2), "3 sequences"),
         (lambda: most_rows(4, 8, 15, together=2), "cannot hold 2 x 8"),
     ],

@@ -67,5 +67,5 @@ def test_too_few_prompts(write_rows, template):
 
 
 def test_no_room_for_the_assistants_tag(write_rows, template):
-    with pytest.raises(UserError, match=r"--train_dataset: seq_length=5.*the assistant's tag alone takes \d+"):
+    with pytest.raises(UserError, match=r"--train_dataset.seq_length=5.*the assistant's tag alone takes \d+"):
         dataset(write_rows(rows(3)), template, seq_length=5)

@@ -1,0 +1,139 @@
+"""Tokenised data: found again in the cache, made anew when anything changes, the same from any number of processes."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import easyrl.data.dataset as dataset_module
+from easyrl.core.errors import UserError
+from easyrl.data.dataset import PackedDatasetConfig, load_dataset
+from easyrl.data.readers import Row, refuse
+from easyrl.data.sequences import Encoder, Limits
+from easyrl.data.templates import load_template
+from easyrl.data.workers import CHUNK, encode_rows
+
+
+@pytest.fixture
+def template(tokenizer):
+    return load_template("tulu", tokenizer)
+
+
+def rows(count):
+    return [{"prompt": f"question {i}", "completion": f"answer {i}", "n": i} for i in range(count)]
+
+
+def load(path, template, kind="sft", **settings):
+    return load_dataset(PackedDatasetConfig(path=path, **settings), kind, template)
+
+
+def tokens(dataset):
+    return [sequence.tokens.tolist() for i in range(len(dataset)) for sequence in dataset.sequences(i)]
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts how often data is tokenised."""
+    built = []
+    write = dataset_module.write_store
+
+    def counted(folder, *args):
+        built.append(folder)
+        return write(folder, *args)
+
+    monkeypatch.setattr(dataset_module, "write_store", counted)
+    return built
+
+
+def test_the_cache_gives_the_same(write_rows, template, builds):
+    path = write_rows(rows(5))
+    first, second = load(path, template), load(path, template)
+    assert len(builds) == 1
+    assert tokens(first) == tokens(second)
+    assert [second.columns(i) for i in range(5)] == [{"n": i} for i in range(5)]
+    assert first.summary() == second.summary()
+
+
+def test_any_change_makes_it_anew(write_rows, template, builds, make_tokenizer):
+    path = write_rows(rows(5))
+    for kind, settings in (
+        ("sft", {}), ("prompt", {}), ("sft", {"seq_length": 40}), ("sft", {"max_prompt_length": 30}),
+        ("sft", {"split": "[1:]"}), ("sft", {"remove_truncated_samples": True}), ("sft", {"skip_bad_rows": True}),
+    ):  # fmt: skip
+        load(path, template, kind, **settings)
+    load(path, load_template("none", template.tokenizer))
+    load(path, load_template("tulu", make_tokenizer(eos="<|im_end|>")))
+    load(write_rows(rows(6)), template)
+    assert len(builds) == len(set(builds)) == 10
+    load(path, template, batch_size=2, shuffle=False, num_workers=1)
+    assert len(builds) == 10
+
+
+def test_what_is_left_of_a_cache_is_replaced(write_rows, template, builds):
+    path = write_rows(rows(5))
+    expected = tokens(load(path, template))
+    for damage in (
+        lambda folder: (folder / "meta.json").unlink(),
+        lambda folder: (folder / "tokens.bin").write_bytes(b"12"),
+        lambda folder: (folder / "samples.npz").write_bytes(b"PK"),
+        lambda folder: (folder / "meta.json").write_text("{"),
+    ):
+        damage(builds[-1])
+        assert tokens(load(path, template)) == expected
+    assert len(builds) == 5
+
+
+def test_an_interrupted_build_leaves_nothing(write_rows, template, cache_folder):
+    path = write_rows([*rows(5), {"prompt": "q"}])
+    with pytest.raises(UserError, match="line 6"):
+        load(path, template)
+    assert list((cache_folder / "data").iterdir()) == []
+
+
+def test_cache_folders(write_rows, template, tmp_path, cache_folder):
+    path = write_rows(rows(2))
+    load(path, template, cache_dir=str(tmp_path / "own"))
+    assert len(list((tmp_path / "own" / "data").iterdir())) == 1 and not (cache_folder / "data").exists()
+    load(path, template)
+    assert len(list((cache_folder / "data").iterdir())) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cache folder .*file/data: cannot be written"):
+        load(path, template, cache_dir=str(tmp_path / "file"))
+
+
+def test_several_datasets_are_one_list(write_rows, template):
+    one, two = write_rows(rows(3), "one.jsonl"), write_rows(rows(5)[3:], "two.jsonl")
+    both = load(f"{one},{two}", template)
+    assert len(both) == 5 and both.weights is None and both.sizes == [3, 2]
+    assert [both.columns(i)["n"] for i in range(5)] == list(range(5))
+    assert tokens(both) == tokens(load(one, template)) + tokens(load(two, template))
+    assert both.lengths.tolist() == [len(found) for found in tokens(both)]
+    assert load(f"{one}:1,{two}:3", template).weights == [0.25, 0.75]
+    with pytest.raises(IndexError):
+        both.columns(5)
+
+
+def test_processes_give_the_same_in_order(tokenizer, template):
+    encoder = Encoder("sft", template, Limits(64))
+    count = 2 * CHUNK + 7
+    places = [Row(f"row {i}", row) for i, row in enumerate(rows(count))]
+    places[300] = Row("row 300", {"prompt": "q"})
+    bad_here, bad_there = [], []
+    here = list(encode_rows(places, encoder, bad_here.append))
+    there = list(encode_rows(places, encoder, bad_there.append, processes=2))
+    assert len(here) == len(there) == count - 1
+    for a, b in zip(here, there, strict=True):
+        assert a.columns == b.columns and np.array_equal(a.sequences[0].tokens, b.sequences[0].tokens)
+    assert [str(error) for error in bad_here] == [str(error) for error in bad_there]
+    assert bad_there[0].reason == "columns" and "row 300" in str(bad_there[0])
+
+
+def die(encoder, end):
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_reported(monkeypatch, template):
+    monkeypatch.setattr("easyrl.data.workers._work", die)
+    with pytest.raises(UserError, match="num_workers: a tokenising process ended early"):
+        list(encode_rows([Row("row 1", json.loads("{}"))], Encoder("sft", template, Limits(64)), refuse, processes=2))

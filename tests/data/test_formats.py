@@ -1,0 +1,136 @@
+"""Rows of every shape become the examples they describe."""
+
+import pytest
+
+from easyrl.data.formats import Demonstration, Labelled, Pair, Prompt, parse_row
+from easyrl.data.messages import Message
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+Q, A, B = user("q"), assistant("a"), assistant("b")
+ASKED, ANSWER, OTHER = (Message("user", "q"),), (Message("assistant", "a"),), (Message("assistant", "b"),)
+
+DEMONSTRATIONS = {
+    "messages": {"messages": [Q, A]},
+    "prompt and completion as strings": {"prompt": "q", "completion": "a"},
+    "prompt and completion as messages": {"prompt": [Q], "completion": [A]},
+    "prompt as messages, completion as a string": {"prompt": [Q], "completion": "a"},
+    "Alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "the chosen side of a pair": {"chosen": [Q, A], "rejected": [Q, B]},
+    "a null column is absent": {"messages": [Q, A], "text": None, "prompt": None},
+    "an empty system message says nothing": {"messages": [system(""), Q, A], "system": " "},
+    "a prompt that repeats the first question": {"prompt": "q", "messages": [Q, A]},
+}
+
+
+@pytest.mark.parametrize("row", DEMONSTRATIONS.values(), ids=DEMONSTRATIONS)
+def test_demonstrations(row):
+    assert parse_row(row, "sft") == [Demonstration(ASKED, ANSWER)]
+
+
+def test_all_answers_of_a_conversation_are_demonstrated():
+    (example,) = parse_row({"messages": [system("s"), Q, A, user("q2"), B], "source": "x"}, "sft")
+    assert example.prompt == (Message("system", "s"), *ASKED)
+    assert example.completion == (*ANSWER, Message("user", "q2"), *OTHER)
+    assert example.columns == {"source": "x"}
+
+
+def test_a_prompt_with_history_demonstrates_only_the_completion():
+    (example,) = parse_row({"prompt": [Q, A, user("q2")], "completion": "b"}, "sft")
+    assert example.prompt == (*ASKED, *ANSWER, Message("user", "q2")) and example.completion == OTHER
+
+
+def test_text_has_no_prompt():
+    assert parse_row({"text": "a"}, "sft") == [Demonstration((), ANSWER)]
+    assert parse_row({"text": "a", "label": 0}, "labelled") == [Labelled((), ANSWER, False)]
+
+
+def test_alpaca_input_continues_the_instruction():
+    (example,) = parse_row({"instruction": "q", "input": "x", "output": "a"}, "sft")
+    assert example.prompt == (Message("user", "q\n\nx"),)
+    (example,) = parse_row({"instruction": "q", "input": "x"}, "prompt")
+    assert example == Prompt((Message("user", "q\n\nx"),))
+
+
+def test_system_column():
+    (example,) = parse_row({"system": "s", "prompt": "q", "completion": "a"}, "sft")
+    assert example.prompt == (Message("system", "s"), *ASKED)
+    (example,) = parse_row({"system": "s", "messages": [system("own"), Q, A]}, "sft")
+    assert example.prompt == (Message("system", "own"), *ASKED)
+
+
+PAIRS = {
+    "whole conversations": {"chosen": [Q, A], "rejected": [Q, B]},
+    "answers as strings": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "answers as messages": {"prompt": [Q], "chosen": [A], "rejected": [B]},
+    "answers as messages to a string": {"prompt": "q", "chosen": [A], "rejected": [B]},
+    "UltraFeedback": {"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A]},
+    "HH-RLHF": {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    "HH-RLHF with its prompt apart": {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "a", "rejected": "b"},
+}
+
+
+@pytest.mark.parametrize("row", PAIRS.values(), ids=PAIRS)
+def test_pairs(row):
+    assert parse_row(row, "pair") == [Pair(ASKED, ANSWER, OTHER)]
+    assert parse_row(row | {"margin": 2, "source": "x"}, "pair") == [Pair(ASKED, ANSWER, OTHER, 2.0, {"source": "x"})]
+    assert parse_row(row, "prompt") == [Prompt(ASKED)]
+    assert parse_row(row, "labelled") == [Labelled(ASKED, ANSWER, True), Labelled(ASKED, OTHER, False)]
+
+
+def test_a_pair_parts_where_its_answers_first_differ():
+    turns = [Q, A, user("q2")]
+    (pair,) = parse_row({"chosen": [*turns, A], "rejected": [*turns, B]}, "pair")
+    assert len(pair.prompt) == 3 and pair.chosen == ANSWER and pair.rejected == OTHER
+    (pair,) = parse_row({"chosen": [*turns, A], "rejected": [Q, B]}, "pair")
+    assert pair.prompt == ASKED and len(pair.chosen) == 3
+    (pair,) = parse_row({"chosen": [Q, A], "rejected": [Q, A, user("other"), B]}, "pair")
+    assert pair.prompt == ASKED and pair.chosen == ANSWER and len(pair.rejected) == 3
+
+
+def test_a_transcript_keeps_blank_lines_inside_a_turn():
+    row = {"chosen": "\n\nHuman: q\n\nstill q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nstill q\n\nAssistant: b"}
+    assert parse_row(row, "pair")[0].prompt == (Message("user", "q\n\nstill q"),)
+
+
+@pytest.mark.parametrize(("label", "value"), [(0, False), (1, True), (True, True), (False, False), (1.0, True)])
+def test_labels(label, value):
+    expected = [Labelled(ASKED, ANSWER, value, {"source": "x"})]
+    assert parse_row({"messages": [Q, A], "label": label, "source": "x"}, "labelled") == expected
+    assert parse_row({"prompt": "q", "completion": "a", "label": label, "source": "x"}, "labelled") == expected
+
+
+PROMPTS = {
+    "instruction": {"instruction": "q"},
+    "prompt as a string": {"prompt": "q"},
+    "prompt as messages": {"prompt": [Q]},
+    "messages that end with the user": {"messages": [Q]},
+    "messages whose last answer is dropped": {"messages": [Q, A]},
+    "columns that agree": {"messages": [Q], "prompt": "q", "instruction": "q"},
+}
+
+
+@pytest.mark.parametrize("row", PROMPTS.values(), ids=PROMPTS)
+def test_prompts(row):
+    assert parse_row(row | {"reference": "42"}, "prompt") == [Prompt(ASKED, {"reference": "42"})]
+
+
+def test_of_several_turns_the_first_is_asked_and_all_are_kept():
+    row = {"turns": ["q", "q2"], "id": 3}
+    assert parse_row(row, "prompt") == [Prompt(ASKED, row)]
+
+
+def test_a_prompts_completion_is_a_column_for_reward_functions():
+    assert parse_row({"prompt": "q", "completion": "a"}, "prompt") == [Prompt(ASKED, {"completion": "a"})]

@@ -1,0 +1,142 @@
+"""Batches: what the rows say, in padded arrays and a plan; the same for a step however it is reached."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from easyrl.core.errors import UserError
+from easyrl.data.dataset import PackedDatasetConfig, load_dataset
+from easyrl.data.loader import Loader
+from easyrl.data.templates import load_template
+
+
+@pytest.fixture
+def template(tokenizer):
+    return load_template("tulu", tokenizer)
+
+
+def pair(i):
+    row = {"prompt": f"question {i}", "chosen": "good " * (i % 7 + 1), "rejected": "bad " * (i % 5 + 1)}
+    return row | {"margin": i, "subset": "even" if i % 2 == 0 else "odd"}
+
+
+@pytest.fixture
+def pairs(write_rows):
+    return write_rows([pair(i) for i in range(30)])
+
+
+def loader(path, template, kind="pair", seed=0, *, settings=(), **options):
+    config = PackedDatasetConfig(path=path, **({"batch_size": 4, "seq_length": 64} | dict(settings)))
+    return Loader(load_dataset(config, kind, template), config, seed, **options)
+
+
+def equal(one, other):
+    return all(
+        np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one)[:-1]
+    ) and all(np.array_equal(a, b) for a, b in zip(one.plan, other.plan, strict=True))
+
+
+def test_a_batch_of_pairs_holds_what_the_rows_say(pairs, template):
+    batches = loader(pairs, template, settings={"shuffle": False})
+    batch = batches.batch(1)
+    assert batch.samples.tolist() == [4, 5, 6, 7] and batch.values.tolist() == [4, 5, 6, 7]
+    assert batch.tokens.shape == batch.mask.shape == (8, 64)
+    for i, sample in enumerate(batch.samples):
+        row = pair(int(sample))
+        assert batches.dataset.columns(int(sample)) == {"subset": row["subset"]}
+        for b, answer in ((2 * i, row["chosen"]), (2 * i + 1, row["rejected"])):
+            length, start = batch.lengths[b], batch.prompt_lengths[b]
+            text = template.tokenizer.decode(batch.tokens[b, :length])
+            assert text == f"<s><|user|>\n{row['prompt']}\n<|assistant|>\n{answer}</s>"
+            assert np.flatnonzero(batch.mask[b]).tolist() == list(range(start - 1, length - 1))
+            assert (batch.tokens[b, length:] == 0).all()
+
+
+def test_the_plan_gathers_the_batch_and_keeps_pairs_together(pairs, template):
+    batches = loader(pairs, template)
+    for step in range(5):
+        batch = batches.batch(step)
+        places = batch.plan.source[batch.plan.source >= 0]
+        real = np.arange(64) < batch.lengths[:, None]
+        assert sorted(places) == np.flatnonzero(real).tolist()
+        for source in batch.plan.source:
+            sequences = set((source[source >= 0] // 64).tolist())
+            assert {b ^ 1 for b in sequences} == sequences
+        assert len(batch.plan.source) <= batches.most_rows
+
+
+def test_without_packing_every_pair_has_a_row(pairs, template):
+    packed, padded = loader(pairs, template), loader(pairs, template, packed=False)
+    assert len(padded.batch(0).plan.source) == padded.most_rows == 4
+    assert padded.batch(3).samples.tolist() == packed.batch(3).samples.tolist()
+    assert padded.padding_share() > packed.padding_share()
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_rows": 3, "row_length": 128}])
+def test_going_on_from_a_step_equals_reading_on(pairs, template, settings):
+    straight = loader(pairs, template, settings=settings).batches(0, 20)
+    resumed = loader(pairs, template, settings=settings).batches(11)
+    batches = list(straight)
+    assert len(batches) == 20
+    for batch in batches[11:]:
+        assert equal(batch, next(resumed))
+
+
+def test_passes_of_any_size_see_the_same_samples(pairs, template):
+    one, eight = loader(pairs, template), loader(pairs, template, rows_multiple=8)
+    for step in range(10):
+        a, b = one.batch(step), eight.batch(step)
+        assert a.samples.tolist() == b.samples.tolist() and np.array_equal(a.tokens, b.tokens)
+    assert eight.padding_share() >= one.padding_share()
+
+
+def test_shapes_are_the_same_for_every_step(pairs, template):
+    for settings in ({}, {"batch_rows": 2, "row_length": 128}):
+        batches = loader(pairs, template, settings=settings, keep_last=True)
+        found = [batches.batch(step) for step in range(batches.order.steps(0))]
+        assert len({(b.tokens.shape, b.values.shape, b.plan.source.shape[1]) for b in found}) == 1
+        assert sorted(sample for b in found for sample in b.samples if sample >= 0) == list(range(30))
+        last = found[-1]
+        filler = np.repeat(last.samples < 0, 2)
+        assert filler.any() and (last.lengths[filler] == 0).all() and not last.mask[filler].any()
+
+
+def test_batches_by_rows_fill_them(pairs, template):
+    batches = loader(pairs, template, settings={"batch_rows": 4, "row_length": 256, "seq_length": 64})
+    for step in range(batches.order.steps(0)):
+        assert len(batches.batch(step).plan.source) <= 4
+
+
+def test_other_kinds(write_rows, template):
+    rows = [{"prompt": f"q{i}", "completion": "a " * (i + 1), "label": i % 2} for i in range(6)]
+    batch = loader(write_rows(rows), template, "labelled", settings={"shuffle": False}).batch(0)
+    assert batch.values.tolist() == [0, 1, 0, 1] and batch.tokens.shape == (4, 64)
+    batch = loader(write_rows(rows), template, "sft", settings={"shuffle": False}).batch(0)
+    assert batch.values.tolist() == [0, 0, 0, 0] and batch.mask.any(axis=1).all()
+
+
+def test_the_summary_says_what_happened(write_rows, template):
+    rows = [pair(i) for i in range(8)] + [pair(8) | {"rejected": ""}, pair(9) | {"chosen": "long " * 99}]
+    batches = loader(write_rows(rows), template, settings={"skip_bad_rows": True})
+    lines = [line.split("  ") for line in batches.summary().splitlines()]
+    table = {line[1] or line[2]: line[-1].strip() for line in lines if len(line) > 2}
+    assert table["rows read"] == "10"
+    assert table["skipped: empty"] == "1"
+    assert table["samples"] == "9"
+    assert table["answer cut from the right"] == "1 (11.1%)"
+    assert table["steps in an epoch"] == "2"
+    tokens = sum(len(sequence.tokens) for i in range(9) for sequence in batches.dataset.sequences(i))
+    assert table["tokens"].startswith(f"{tokens:,} (")
+    counted = [batches.batch(step).plan for step in range(2)]
+    padding = 1 - sum((plan.source >= 0).sum() for plan in counted) / sum(plan.source.size for plan in counted)
+    assert table["padding"] == f"{padding:.1%}"
+
+
+def test_what_cannot_be_batched(pairs, template):
+    with pytest.raises(UserError, match=r"--train_dataset.path=.*: found 30 samples, fewer than .*batch_size=31"):
+        loader(pairs, template, settings={"batch_size": 31})
+    with pytest.raises(
+        UserError, match=r"--eval.row_length=20: expected at least \d+, the tokens of the longest sample"
+    ):
+        loader(pairs, template, settings={"row_length": 20}, name="eval")

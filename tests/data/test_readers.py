@@ -1,0 +1,122 @@
+"""Every kind of file and folder gives the same rows, with their places."""
+
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from easyrl.core.errors import UserError
+from easyrl.data.readers import Split, open_source, parse_mixture, parse_split
+
+ROWS = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}, {"prompt": "ü", "n": 3}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def values(source):
+    return [row.value for row in source.rows()]
+
+
+def write(folder, name):
+    """Writes ROWS as the kind of file or folder that `name` says."""
+    path = folder / name
+    if name.endswith(".jsonl"):
+        path.write_bytes(LINES)
+    elif name.endswith(".jsonl.gz"):
+        path.write_bytes(gzip.compress(LINES))
+    elif name.endswith(".json"):
+        path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
+    elif name.endswith(".json.gz"):
+        path.write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    elif name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif name == "saved":
+        datasets.Dataset.from_list(ROWS).save_to_disk(str(path))
+    elif name == "files":
+        path.mkdir()
+        write(path, "part.jsonl")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet", "saved", "files"])
+def test_every_kind_gives_the_same_rows(tmp_path, name):
+    path = write(tmp_path, name)
+    source = open_source(path)
+    assert values(source) == ROWS
+    assert values(open_source(path, parse_split("[1:]"))) == ROWS[1:]
+    assert values(open_source(path, parse_split("[:2]"))) == ROWS[:2]
+    assert open_source(path).fingerprint == source.fingerprint != open_source(path, parse_split("[1:]")).fingerprint
+
+
+def test_places_are_lines_or_rows_from_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\n\n"))
+    assert [row.where for row in open_source(str(path)).rows()] == [f"{path} line {n}" for n in (1, 3, 5)]
+    assert [row.where for row in open_source(write(tmp_path, "a.parquet"), parse_split("[2:]")).rows()] == [
+        f"{tmp_path / 'a.parquet'} row 3"
+    ]
+
+
+def test_a_json_file_of_lines(tmp_path):
+    (tmp_path / "a.json").write_bytes(LINES)
+    assert values(open_source(str(tmp_path / "a.json"))) == ROWS
+
+
+def test_files_of_a_folder_follow_their_names_and_splits(tmp_path):
+    for name, row in (("train-1.jsonl", 1), ("train-0.jsonl", 0), ("test.jsonl", 2)):
+        (tmp_path / name).write_text(json.dumps({"n": row}))
+    assert [row["n"] for row in values(open_source(str(tmp_path)))] == [2, 0, 1]
+    assert [row["n"] for row in values(open_source(str(tmp_path), parse_split("train")))] == [0, 1]
+    with pytest.raises(UserError, match=r"no file belongs to split 'dev', found test\.jsonl, train-0\.jsonl"):
+        open_source(str(tmp_path), parse_split("dev"))
+
+
+def test_a_saved_dict_of_splits(tmp_path):
+    splits = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "dict"))
+    assert values(open_source(str(tmp_path / "dict"))) == ROWS
+    assert values(open_source(str(tmp_path / "dict"), parse_split("test[:1]"))) == ROWS[:1]
+    with pytest.raises(UserError, match="no split 'dev', found train, test"):
+        open_source(str(tmp_path / "dict"), parse_split("dev"))
+
+
+def test_the_fingerprint_follows_the_contents(tmp_path):
+    before = open_source(write(tmp_path, "a.jsonl")).fingerprint
+    (tmp_path / "a.jsonl").write_bytes(LINES.replace(b"1", b"7"))
+    assert open_source(str(tmp_path / "a.jsonl")).fingerprint != before
+
+
+def test_hub_ids(monkeypatch):
+    asked = []
+
+    def load_dataset(repo, config, split):
+        asked.append((repo, config, split))
+        if repo == "owner/missing":
+            raise FileNotFoundError("no such thing")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert values(open_source("owner/name", parse_split("test[1:]"))) == ROWS[1:]
+    assert next(open_source("owner/name/main").rows()).where == "owner/name/main row 1"
+    assert asked == [("owner/name", None, "test"), ("owner/name", "main", "train")]
+    with pytest.raises(UserError, match="owner/missing: no such file or folder, and the hub gives no such dataset"):
+        open_source("owner/missing")
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [("", Split("")), ("train", Split("train")), ("[2:]", Split("", 2)), ("test[3:9]", Split("test", 3, 9))],
+)
+def test_splits(text, split):
+    assert parse_split(text) == split
+
+
+def test_mixtures(tmp_path):
+    assert parse_mixture("a.jsonl") == [("a.jsonl", None)]
+    assert parse_mixture("a.jsonl,b.jsonl") == [("a.jsonl", None), ("b.jsonl", None)]
+    assert parse_mixture("a.jsonl:3, owner/name:1") == [("a.jsonl", 0.75), ("owner/name", 0.25)]
+    odd = tmp_path / "a,b:1"
+    odd.write_text("")
+    assert parse_mixture(str(odd)) == [(str(odd), None)]

@@ -1,0 +1,65 @@
+"""Loading tokenizers, and what is said when there is none."""
+
+import json
+
+import pytest
+
+from easyrl.core.errors import UserError
+from easyrl.data.tokenizer import adds_bos, check_vocabulary, encode, fingerprint, load_tokenizer, pad_id
+
+
+def test_a_saved_tokenizer_comes_back(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    settings["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    loaded = load_tokenizer(str(tmp_path))
+    assert encode(loaded, "the quick brown fox") == encode(tokenizer, "the quick brown fox")
+    assert adds_bos(loaded)
+
+
+def test_special_tokens_are_recognised_and_none_is_added(tokenizer):
+    ids = encode(tokenizer, "a</s>")
+    assert ids[-1] == tokenizer.eos_token_id and ids[0] != tokenizer.bos_token_id
+
+
+def test_fingerprints(tokenizer, make_tokenizer):
+    assert fingerprint(tokenizer) == fingerprint(make_tokenizer())
+    assert fingerprint(tokenizer) != fingerprint(make_tokenizer(adds_bos=False))
+    assert fingerprint(tokenizer) != fingerprint(make_tokenizer(eos="<|im_end|>"))
+
+
+def test_pad_id(tokenizer, make_tokenizer):
+    assert pad_id(make_tokenizer(pad_token="<|eot_id|>")) == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert pad_id(tokenizer) == tokenizer.eos_token_id
+    assert pad_id(make_tokenizer(eos=None, unk_token="<|im_end|>")) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert pad_id(make_tokenizer(eos=None)) == 0
+
+
+def test_vocabularies(tokenizer):
+    size = len(tokenizer)
+    check_vocabulary(tokenizer, size)
+    check_vocabulary(tokenizer, size + 128)
+    with pytest.raises(UserError, match=f"ids go up to {size - 1}, the model has embeddings for 0 to {size - 2}"):
+        check_vocabulary(tokenizer, size - 1)
+    with pytest.raises(UserError, match=f"--tokenizer: the tokenizer has {size} tokens, the model 32000"):
+        check_vocabulary(tokenizer, 32000)
+
+
+def test_where_there_is_none(tmp_path):
+    def complaint(ref):
+        with pytest.raises(UserError) as caught:
+            load_tokenizer(str(ref), "--tok")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert complaint("") == "--tok: found nothing, expected a folder with a tokenizer or a hub id"
+    assert (
+        complaint("/no/such")
+        == "--tok=/no/such: found nothing there, expected a folder with a tokenizer or a hub id (owner/name)"
+    )
+    assert complaint(tmp_path).endswith("found no tokenizer in this folder, expected tokenizer.json or tokenizer.model")
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert "no tokenizer can be loaded" in complaint(tmp_path)
+    assert "found a file, expected a folder" in complaint(tmp_path / "tokenizer.json")
+    assert complaint("owner/missing").startswith("--tok=owner/missing: no tokenizer can be loaded (")
