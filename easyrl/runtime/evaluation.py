@@ -1,0 +1,66 @@
+"""Evaluation during training, and the step that did best."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from easyrl.core.files import write_atomic
+from easyrl.runtime.metrics import PhaseTimer, fetch
+
+Measure = Callable[[Any], dict[str, Any]]
+
+
+class Evaluation:
+    """Measures a model on held-out data every so many steps and after the last one, and remembers the best step.
+
+    Args:
+      path: the file that tells the best step so far: its number, and the metric that decided.
+      measure: `measure(params) -> metrics` (scalars or `Mean` pairs) on held-out data; None: there is no such data, and
+        every evaluation is empty.
+      every: steps between evaluations; 0: only after the last step, and whenever it is called.
+      total: the last step.
+      best_by: the metric that decides. Of a loss the lowest is best, of anything else the highest; a later step must be
+        better to take the place of an earlier one.
+      on_best: called with the parameters and the evaluation's metrics when a step of the training is the best so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        measure: Measure | None,
+        *,
+        every: int,
+        total: int,
+        best_by: str,
+        on_best: Callable[[Any, dict[str, float]], None] | None = None,
+    ):
+        self._path, self._measure, self._every, self._total, self._on_best = path, measure, every, total, on_best
+        self._best_by = f"eval/{best_by}"
+        self._sign = -1.0 if best_by.endswith("loss") else 1.0
+        self._best: tuple[int, float] | None = None  # its step and its value
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after this step, counted from 1."""
+        return step == self._total or (self._every > 0 and step % self._every == 0)
+
+    def __call__(self, params: Any, step: int) -> dict[str, float]:
+        """The metrics of `params`, which have seen `step` steps: `eval/<name>`, `eval/best_step` and `time/eval`."""
+        if self._measure is None:
+            return {}
+        timer = PhaseTimer()
+        with timer.phase("eval"):
+            metrics = {f"eval/{name}": value for name, value in fetch(self._measure(params)).items()}
+        value = metrics[self._best_by]
+        if math.isfinite(value) and (self._best is None or self._sign * value > self._sign * self._best[1]):
+            self._best = (step, value)
+            if jax.process_index() == 0:
+                with write_atomic(self._path) as part:
+                    part.write_text(json.dumps({"step": step, self._best_by: value}) + "\n", encoding="utf-8")
+            if self._on_best is not None and step > 0:
+                self._on_best(params, metrics)
+        best = {} if self._best is None else {"eval/best_step": self._best[0]}
+        return metrics | best | timer.metrics()

@@ -1,0 +1,266 @@
+"""What the offline trainers (SFT, reward models, DPO) share: their flags, and everything of a run but its step.
+
+A script finds what there is (`find_start`, `load_data`), builds its own step and evaluation, and hands them to `train`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from easyrl.core.config import flag
+from easyrl.core.dtypes import DTYPES
+from easyrl.core.errors import UserError
+from easyrl.core.sharding import num_data_shards
+from easyrl.data.dataset import PackedDatasetConfig, load_dataset
+from easyrl.data.loader import Batch, Loader
+from easyrl.data.messages import Message
+from easyrl.data.templates import Template, load_template
+from easyrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from easyrl.hf.export import check_replaceable
+from easyrl.hf.model_card import ModelCard
+from easyrl.hf.refs import FoundModel, find_model
+from easyrl.runtime.evaluation import Evaluation, Measure
+from easyrl.runtime.loop import Hook, StepInfo, run_loop
+from easyrl.runtime.progress import progress_hook
+from easyrl.runtime.report import write_report
+from easyrl.runtime.run_dir import RunDir, make_run_dir
+from easyrl.runtime.trackers import LoggerConfig, start_trackers, tracker_hooks
+from easyrl.steps.optimizer import OptimizerConfig, make_schedule, optimizer_facts
+from easyrl.steps.state import TrainState
+
+HF_BEST = "hf_best"  # in the run's folder: the export of the weights that did best on held-out data
+BAR = {"loss": "loss", "eval": "eval/loss", "tok/s": "tokens_per_second"}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutConfig:
+    """Data to evaluate on."""
+
+    path: str = flag("", "File, folder or hub id of the data. Empty: no evaluation.")
+    split: str = flag("", "Part of the data, as in --train_dataset.split.")
+    skip_bad_rows: bool = flag(False, "Leave out and count rows that cannot be used, instead of stopping at the first.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OfflineConfig:
+    """The flags of an offline trainer. Inherited by its config, so they carry plain names."""
+
+    seed: int = flag(42, "Seed of everything random.", least=0, most=2**32 - 1)
+    mesh_dim: str = flag("1,-1,1", "Sizes of the mesh axes dp,fsdp,mp; also dp:1,fsdp:-1,mp:1. -1: what is left, once.")
+    dtype: str = flag("bf16", "Format of activations and of frozen models.", choices=tuple(DTYPES))
+    param_dtype: str = flag("fp32", "Format of the weights in training.", choices=tuple(DTYPES))
+    remat: str = flag(
+        "none", "What the backward pass recomputes: nothing, all but matrix products, or whole layers.",
+        choices=("none", "dots", "full"),
+    )  # fmt: skip
+    output_dir: str = flag("", "Folder of the run. Empty: runs/<script>-<date>-<time>.")
+
+    load_checkpoint: str = flag(
+        "", "The model to start from: hf::DIR_OR_HUB_ID or random::PRESET_OR_CONFIG_JSON (with --tokenizer)."
+    )
+    tokenizer: str = flag("", "Folder or hub id of the tokenizer. Empty: that of --load_checkpoint.")
+    template: str = flag(
+        "tokenizer", "Chat format: tulu, vicuna, chatml, llama3, none, a Jinja file, or the tokenizer's own."
+    )
+
+    train_dataset: PackedDatasetConfig = flag(PackedDatasetConfig(), "Data to train on; a batch is one optimizer step.")
+    eval_dataset: HeldOutConfig = flag(HeldOutConfig(), "Held-out data, cut and batched as the training data.")
+    eval_freq: int = flag(0, "Evaluate every this many steps, besides at start and end. 0: only then.", least=0)
+    save_best: bool = flag(False, "Also export the weights of the best evaluation, to hf_best.")
+
+    num_epochs: int = flag(1, "Passes over the data.", least=1)
+    total_steps: int = flag(0, "Optimizer steps. 0: as many as --num_epochs passes take.", least=0)
+    micro_batch_size: int = flag(
+        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp. 0: dp x fsdp.",
+        least=0,
+    )  # fmt: skip
+    lr: float = flag(2e-5, "Peak learning rate.", least=0)
+    end_lr: float = flag(0.0, "Learning rate after the last step of a linear or cosine schedule.", least=0)
+    lr_schedule: str = flag("linear", "After the warm-up.", choices=("constant", "linear", "cosine"))
+    warmup_ratio: float = flag(0.03, "Share of all steps over which the learning rate rises from 0.", least=0, most=1)
+    optimizer: OptimizerConfig = flag(OptimizerConfig(), "AdamW.")
+
+    log_freq: int = flag(1, "Log to wandb and tensorboard every this many steps.", least=1)
+    save_model_freq: int = flag(0, "Export the model every this many steps, to hf-<step>. 0: only at the end.", least=0)
+    logger: LoggerConfig = flag(LoggerConfig(), "Weights & Biases and TensorBoard.")
+
+    @property
+    def held_out(self) -> PackedDatasetConfig:
+        """The evaluation data as the training data are described."""
+        return dataclasses.replace(self.train_dataset, **vars(self.eval_dataset), shuffle=False)
+
+
+def rows_per_pass(config: OfflineConfig, mesh: Mesh) -> int:
+    """Packed rows in one pass over the model. Raises UserError when the devices cannot share them evenly."""
+    shards = num_data_shards(mesh)
+    rows = config.micro_batch_size or shards
+    if rows % shards:
+        raise UserError(
+            f"--micro_batch_size={rows}: does not divide by dp x fsdp = {shards} of --mesh_dim={config.mesh_dim}"
+        )
+    return rows
+
+
+class Start(NamedTuple):
+    """What training starts from, before a weight is read."""
+
+    model: FoundModel
+    tokenizer: Tokenizer  # with the template as its chat template, ready for the export
+    template: Template
+
+
+def find_start(config: OfflineConfig) -> Start:
+    """The model that --load_checkpoint names, with its tokenizer and chat template.
+
+    Raises UserError naming the flag when one cannot be had, or they do not fit each other or the lengths asked for.
+    """
+    model = find_model(config.load_checkpoint, compute={"dtype": DTYPES[config.dtype], "remat": config.remat})
+    if model.cfg.max_positions < config.train_dataset.seq_length:
+        raise UserError(
+            f"--train_dataset.seq_length={config.train_dataset.seq_length}: the model of --load_checkpoint="
+            f"{config.load_checkpoint} reads up to {model.cfg.max_positions} tokens"
+        )
+    tokenizer = load_tokenizer(config.tokenizer or str(model.directory or ""))
+    check_vocabulary(tokenizer, model.cfg.vocab_size)
+    template = load_template(config.template, tokenizer)
+    tokenizer.chat_template = template.jinja
+    return Start(model, tokenizer, template)
+
+
+def load_data(config: OfflineConfig, kind: str, template: Template, rows: int) -> tuple[Loader, Loader | None]:
+    """Batches of the training data and, if there are any, of the held-out data; prints what became of the rows.
+
+    `kind` is one of `data.formats.KINDS`, `rows` the packed rows in one pass. Raises UserError naming flag and file.
+    """
+    dataset = load_dataset(config.train_dataset, kind, template)
+    loaders = [Loader(dataset, config.train_dataset, config.seed, rows_multiple=rows)]
+    if config.eval_dataset.path:
+        dataset = load_dataset(config.held_out, kind, template, "eval_dataset")
+        settings = {"name": "eval_dataset", "rows_multiple": rows, "keep_last": True}
+        loaders.append(Loader(dataset, config.held_out, config.seed, **settings))
+    if jax.process_index() == 0:
+        for name, loader in zip(("train_dataset", "eval_dataset"), loaders, strict=False):
+            print(f"--{name}: {loader.summary()}", flush=True)
+    return loaders[0], loaders[1] if len(loaders) > 1 else None
+
+
+def count_steps(config: OfflineConfig, loader: Loader) -> int:
+    """Optimizer steps of the run."""
+    return config.total_steps or sum(loader.order.steps(epoch) for epoch in range(config.num_epochs))
+
+
+def learning_rate(config: OfflineConfig, total: int) -> optax.Schedule:
+    """The learning rate of every one of `total` steps."""
+    warmup = math.ceil(config.warmup_ratio * total)
+    return make_schedule(config.lr_schedule, config.lr, total, warmup, config.end_lr)
+
+
+def open_run(config: OfflineConfig, script: str) -> RunDir:
+    """The folder of the run. Raises UserError when something other than an earlier export stands where one is to go."""
+    run_dir = make_run_dir(config.output_dir, script)
+    for name in (run_dir.hf.name, HF_BEST):
+        check_replaceable(run_dir.path / name)
+    return run_dir
+
+
+def model_card(
+    config: OfflineConfig, method: str, template: Template, total: int, metrics: dict[str, float], **facts: Any
+) -> ModelCard:
+    """What the README.md of the exported model says; `facts` are the method's own hyperparameters."""
+    base_model = config.load_checkpoint.partition("::")[2]
+    data = config.train_dataset
+    return ModelCard(
+        title=f"{Path(base_model).name} trained with {method}",
+        method=method,
+        base_model=base_model,
+        datasets=(data.path,),
+        input_format=template.render((Message("user", "Your message here!"),), add_generation_prompt=True),
+        hyperparameters={
+            "learning_rate": config.lr,
+            "total_train_batch_size": f"{data.batch_rows} packed rows" if data.batch_rows else data.batch_size,
+            **optimizer_facts(config.optimizer),
+            "lr_scheduler_type": config.lr_schedule,
+            "lr_scheduler_warmup_ratio": config.warmup_ratio,
+            "training steps": total,
+            "maximum sequence length": data.seq_length,
+            **{name.replace("_", " "): value for name, value in facts.items()},
+            "seed": config.seed,
+        },
+        metrics={name: value for name, value in metrics.items() if not name.startswith("time/")},
+    )
+
+
+def train(
+    config: OfflineConfig,
+    run_dir: RunDir,
+    state: TrainState,
+    loader: Loader,
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]],
+    measure: Measure | None,
+    export: Callable[[Path, dict, dict[str, float]], None],
+    *,
+    total: int,
+    method: str,
+    best_by: str = "loss",
+    bar: dict[str, str] = BAR,
+) -> None:
+    """Runs `total` steps of `step` on the loader's batches, with evaluation, trackers, exports and the report.
+
+    Args:
+      measure: metrics of parameters on held-out data, None without such data; `best_by` is the one that picks the best
+        step (see `Evaluation`).
+      export: `export(folder, params, metrics)` writes a model.
+      method: its name for people, as the title of the report.
+      bar: label and name of the metrics that the progress bar shows.
+    """
+    run_dir.save_config(config)
+    trackers = start_trackers(config.logger, run_dir, config)
+    rate = learning_rate(config, total)
+    evaluation = Evaluation(
+        run_dir.path / "best.json", measure, every=config.eval_freq, total=total, best_by=best_by,
+        on_best=partial(export, run_dir.path / HF_BEST) if config.save_best else None,
+    )  # fmt: skip
+
+    def numbered_step(state: TrainState, numbered: tuple[int, Batch]) -> tuple[TrainState, dict[str, Any]]:
+        number, batch = numbered
+        state, metrics = step(state, batch)
+        metrics = metrics | {
+            "learning_rate": rate(number - 1),
+            "tokens/padding_share": batch.plan.padding_share(loader.rows_multiple),
+        }
+        if evaluation.due(number):
+            metrics |= evaluation(state.params, number)
+        return state, metrics
+
+    def save(info: StepInfo) -> None:
+        export(run_dir.path / f"hf-{info.step}", info.state.params, info.metrics)
+
+    def finish(info: StepInfo) -> None:
+        export(run_dir.hf, info.state.params, info.metrics)
+        if jax.process_index() == 0:
+            write_report(run_dir, method)
+            print(f"model: {run_dir.hf}   report: {run_dir.report}", flush=True)
+
+    start_metrics = evaluation(state.params, 0)
+    for tracker in trackers if start_metrics else ():
+        tracker.log(0, start_metrics)
+    run_loop(
+        state,
+        enumerate(loader.batches(0, total), 1),
+        numbered_step,
+        start=0,
+        total=total,
+        hooks=[
+            progress_hook(total, bar),
+            *tracker_hooks(trackers, config.log_freq),
+            Hook(on_step=save, every=config.save_model_freq, needs_state=True),
+            Hook(on_end=finish),
+        ],
+    )
