@@ -67,6 +67,12 @@ def over_groups(plan: PackPlan, carry: Any, body: Callable[[PackPlan, Any], Any]
     return jax.lax.fori_loop(0, plan.count, lambda number, carry: body(plan.group(number), carry), carry)
 
 
+def sums_over_groups(plan: PackPlan, measure: Callable[[PackPlan], Any]) -> Any:
+    """The sum of `measure(group)`, a tree of arrays, over the groups in use."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure, plan.group(jnp.int32(0))))
+    return over_groups(plan, zeros, lambda group, sums: jax.tree.map(jnp.add, sums, measure(group)))
+
+
 def grads_over_groups(
     plan: PackPlan, objective: Callable[[dict, PackPlan], tuple[Array, Any]], params: dict, shardings: dict
 ) -> tuple[dict, Any]:

@@ -19,7 +19,7 @@ from easyrl.core.sharding import Shard, put, replicated
 from easyrl.data.packing import Plan
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.steps.logprobs import next_token_logprobs
-from easyrl.steps.packed import PackPlan, gather, grads_over_groups, over_groups, place_plan
+from easyrl.steps.packed import PackPlan, gather, grads_over_groups, place_plan, sums_over_groups
 from easyrl.steps.segments import packed_rows
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 
@@ -78,11 +78,7 @@ def make_sft_eval(cfg: ModelConfig, mesh: Mesh) -> Callable:
     objective = _objective(cfg, mesh)
 
     def evaluate(params: dict, batch: SFTBatch) -> dict[str, Mean]:
-        def body(group: PackPlan, metrics: dict[str, Mean]) -> dict[str, Mean]:
-            return jax.tree.map(jnp.add, metrics, objective(params, group, batch, 1.0)[1])
-
-        zero = Mean(jnp.zeros(()), jnp.zeros(()))
-        return over_groups(batch.plan, {"loss": zero, "entropy": zero}, body)
+        return sums_over_groups(batch.plan, lambda group: objective(params, group, batch, 1.0)[1])
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 

@@ -1,0 +1,223 @@
+"""Preference tuning on pairs: one optimizer step with any loss of `algos.dpo`, evaluation, and reference log-probs.
+
+An answer's log-prob is the sum over its tokens, in the convention of `steps.logprobs`: `mask[b, t]` is True where
+`tokens[b, t + 1]` is a token of the answer. Rows 2i and 2i + 1 of a batch are pair i's chosen and rejected answer.
+
+Both answers of a pair must come out of the same forward pass to get their gradient, so a plan keeps them in one group
+(`place_pairs` refuses any other). Losses are means over all pairs of the batch, whatever the packing and grouping.
+The reference enters as numbers, one for each answer: whether they were computed beforehand and kept on disk
+(`steps.reference`) or a moment ago by a reference model in memory, the step is the same.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from easyrl.algos.dpo import LOSSES, NLL_COEF, REFERENCE_FREE, Pairs, dpo_loss, loss_options, nll
+from easyrl.core.config import flag
+from easyrl.core.errors import UserError
+from easyrl.core.masking import Mean, constant_mean, mean_of
+from easyrl.core.sharding import Shard, put, replicated
+from easyrl.data.packing import Plan
+from easyrl.models.families import ModelConfig, param_specs
+from easyrl.steps.logprobs import next_token_logprobs
+from easyrl.steps.packed import PackPlan, gather, grads_over_groups, place_plan, sums_over_groups
+from easyrl.steps.segments import packed_rows, pairs_together, sequence_sums
+from easyrl.steps.state import TrainState, apply_gradients, state_shardings
+
+Array = jax.Array
+
+KTO = "kto"
+# What only some losses read; a flag that the chosen loss would ignore is refused.
+KTO_OPTIONS = frozenset({"desirable_weight", "undesirable_weight"})
+NLL_OPTIONS = frozenset({"nll_coef", "nll_per_token"})
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """The loss and its numbers (docs/dpo.md). Inherited by the script's config, so the flags carry plain names."""
+
+    loss: str = flag("sigmoid", "The loss: on pairs, or on single answers with a label (kto).", choices=(*LOSSES, KTO))
+    beta: float = flag(
+        0.1, "Strength of the pull to the reference, or scale of the reward: 2 to 10 for simpo, 5 for sigmoid_norm.",
+        above=0,
+    )  # fmt: skip
+    label_smoothing: float = flag(
+        0.0, "The share of preferences taken to be the wrong way round, below 0.5 (conservative DPO; robust).", least=0
+    )
+    ipo_average: bool = flag(True, "ipo: log-ratios per token, as its authors meant; false: summed over the answer.")
+    simpo_gamma: float = flag(0.5, "simpo: the margin that the reward of the chosen answer is to keep.", least=0)
+    dpop_lambda: float = flag(
+        50.0, "dpop: charge for each nat that the chosen answer falls below the reference.", least=0
+    )
+    nll_coef: float = flag(
+        0.0, "Weight of the chosen answers' negative log-likelihood, added to the loss (RPO); orpo has 1 already.",
+        least=0,
+    )  # fmt: skip
+    nll_per_token: bool = flag(True, "In that term every token weighs the same, as in SFT; false: every answer.")
+    desirable_weight: float = flag(1.0, "kto: weight of the answers labelled good.", least=0)
+    undesirable_weight: float = flag(1.0, "kto: weight of the answers labelled bad.", least=0)
+
+    def __post_init__(self) -> None:
+        read = {"loss", "beta"} | (KTO_OPTIONS if self.loss == KTO else loss_options(self.loss) | NLL_OPTIONS)
+        for field in dataclasses.fields(DPOConfig):
+            value = getattr(self, field.name)
+            if field.name not in read and value != field.default:
+                raise UserError(f"--{field.name}={value}: --loss={self.loss} does not read it")
+        if self.label_smoothing >= 0.5:
+            raise UserError(f"--label_smoothing={self.label_smoothing}: expected less than 0.5")
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the loss compares with a reference model."""
+        return self.loss not in REFERENCE_FREE
+
+    @property
+    def nll_weight(self) -> float:
+        """The weight of the NLL term, the loss's own included."""
+        return self.nll_coef + NLL_COEF.get(self.loss, 0.0)
+
+    @property
+    def loss_kwargs(self) -> dict[str, Any]:
+        """The arguments of `dpo_loss` for this loss."""
+        values = {
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+            "ipo_average": self.ipo_average,
+            "simpo_gamma": self.simpo_gamma,
+            "dpop_lambda": self.dpop_lambda,
+        }
+        return {name: value for name, value in values.items() if name in loss_options(self.loss)}
+
+
+class PairBatch(flax.struct.PyTreeNode):
+    """A padded batch of pairs, what the reference says of them, and the plan that packs it. Empty rows are filler."""
+
+    tokens: Array  # int32 [B, T]
+    mask: Array  # bool [B, T], nowhere True in a filler
+    ref_logprobs: Array  # float32 [B]; not read by the losses that need no reference
+    plan: PackPlan
+
+
+def place_pairs(
+    tokens: np.ndarray, mask: np.ndarray, ref_logprobs: np.ndarray, packing: Plan, rows: int, groups: int, mesh: Mesh
+) -> PairBatch:
+    """Host arrays as a batch that every device holds, in `groups` groups of `rows` packed rows.
+
+    Raises ValueError when `packing` parts a pair.
+    """
+    if not pairs_together(packing.source, rows, tokens.shape):
+        raise ValueError(f"the packing plan parts a pair: both its answers must be in one group of {rows} rows")
+    arrays = (np.asarray(tokens, np.int32), np.asarray(mask, bool), np.asarray(ref_logprobs, np.float32))
+    return PairBatch(*put(arrays, replicated(mesh)), place_plan(*packing, rows, groups, mesh))
+
+
+def answer_logprobs(
+    params: dict, cfg: ModelConfig, group: PackPlan, tokens_BT: Array, mask_BT: Array, shard: Shard
+) -> tuple[Array, Array, Mean]:
+    """(log-probs [B] summed over each answer's tokens, numbers [B] of those tokens, entropy per answer token).
+
+    Of the sequences in this group; the others have 0 in both.
+    """
+    rows = packed_rows(group, tokens_BT, shard)
+    logprobs, entropies = next_token_logprobs(params, cfg, *rows, shard=shard)
+    mask = gather(mask_BT, group.source_GRS, False)
+    sums = sequence_sums(jnp.where(mask, logprobs, 0.0), group, tokens_BT.shape)
+    return sums, sequence_sums(mask, group, tokens_BT.shape), mean_of(entropies, mask)
+
+
+def make_answer_logprobs(cfg: ModelConfig, mesh: Mesh) -> Callable:
+    """`logprobs(params, tokens, mask, plan) -> float32 [B]`, jitted: the log-prob of each answer, no gradient."""
+    shard = Shard(mesh)
+
+    def logprobs(params: dict, tokens: Array, mask: Array, plan: PackPlan) -> Array:
+        return sums_over_groups(plan, lambda group: answer_logprobs(params, cfg, group, tokens, mask, shard)[0])
+
+    return jax.jit(logprobs, out_shardings=replicated(mesh))
+
+
+def make_dpo_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, config: DPOConfig) -> Callable:
+    """`step(state: TrainState, batch: PairBatch) -> (state, metrics)`, jitted, `state` donated.
+
+        loss = mean over pairs of LOSSES[config.loss] + config.nll_weight * NLL of the chosen answers
+
+    Metrics (`Mean` pairs): loss and those of `algos.dpo.dpo_loss`, nll_loss and preference_loss where there is an NLL
+    term, entropy over the tokens of the answers, grad_norm before clipping, skipped (1 where the gradient was not
+    finite and the state was left as it was), tokens worked on.
+    """
+    objective = _objective(cfg, mesh, config)
+    shardings = state_shardings(param_specs(cfg, "lm"), optimizer, mesh)
+
+    def step(state: TrainState, batch: PairBatch) -> tuple[TrainState, dict[str, Mean]]:
+        counts = _counts(batch, config)
+        grads, metrics = grads_over_groups(
+            batch.plan, lambda params, group: objective(params, group, batch, counts), state.params, shardings.params
+        )
+        state, taken = apply_gradients(state, grads, optimizer, jnp.bool_(True))
+        metrics = with_total_loss(metrics, config)
+        metrics["grad_norm"] = constant_mean(optax.tree.norm(grads))
+        metrics["skipped"] = constant_mean(1.0 - taken)
+        metrics["tokens"] = constant_mean(jnp.sum(batch.plan.segment_ids_GRS > 0))
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def make_dpo_eval(cfg: ModelConfig, mesh: Mesh, config: DPOConfig) -> Callable:
+    """`evaluate(params, batch: PairBatch) -> sums`, jitted: the metrics of the loss, without a gradient.
+
+    Add up the batches of a data set with `core.masking.add_means`, then take `with_total_loss` of the sum.
+    """
+    objective = _objective(cfg, mesh, config)
+
+    def evaluate(params: dict, batch: PairBatch) -> dict[str, Mean]:
+        return sums_over_groups(batch.plan, lambda group: objective(params, group, batch, (1.0, 1.0))[1])
+
+    return jax.jit(evaluate, out_shardings=replicated(mesh))
+
+
+def with_total_loss(metrics: dict[str, Mean], config: DPOConfig) -> dict[str, Mean]:
+    """The summed metrics of a batch or data set, with `loss`: its two terms have counts of their own."""
+    if not config.nll_weight:
+        return {"loss" if name == "preference_loss" else name: mean for name, mean in metrics.items()}
+    total = metrics["preference_loss"].value + config.nll_weight * metrics["nll_loss"].value
+    return {"loss": constant_mean(total)} | metrics
+
+
+def _objective(cfg: ModelConfig, mesh: Mesh, config: DPOConfig) -> Callable:
+    """`objective(params, group, batch, counts) -> (the group's part of the batch's loss, its metrics)`."""
+    shard = Shard(mesh)
+
+    def objective(params: dict, group: PackPlan, batch: PairBatch, counts) -> tuple[Array, dict[str, Mean]]:
+        logprobs, lengths, entropy = answer_logprobs(params, cfg, group, batch.tokens, batch.mask, shard)
+        sides = ((x[::2], x[1::2]) for x in (logprobs, batch.ref_logprobs, lengths))
+        pairs = Pairs(*(side for both in sides for side in both))
+        here = (pairs.chosen_lengths > 0) & (pairs.rejected_lengths > 0)
+        loss, metrics = dpo_loss(config.loss, pairs, here, **config.loss_kwargs)
+        num_pairs, num_likely = counts
+        total = loss.total / num_pairs
+        metrics = {"preference_loss": loss} | metrics
+        if config.nll_weight:
+            likely = nll(pairs.chosen, pairs.chosen_lengths, here, per_token=config.nll_per_token)
+            total += config.nll_weight * likely.total / num_likely
+            metrics["nll_loss"] = likely
+        return total, metrics | {"entropy": entropy}
+
+    return objective
+
+
+def _counts(batch: PairBatch, config: DPOConfig) -> tuple[Array, Array]:
+    """What the two terms of the loss are divided by: pairs, and tokens of chosen answers (or pairs)."""
+    lengths = jnp.sum(batch.mask, axis=1, dtype=jnp.float32)
+    real = (lengths[::2] > 0) & (lengths[1::2] > 0)
+    num_pairs = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1.0)
+    if not config.nll_per_token:
+        return num_pairs, num_pairs
+    return num_pairs, jnp.maximum(jnp.sum(jnp.where(real, lengths[::2], 0.0)), 1.0)

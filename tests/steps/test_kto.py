@@ -1,0 +1,84 @@
+"""KTO's step: loss and gradient against plain code in every layout, and its reference point over the whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from easyrl.core.sharding import make_mesh
+from easyrl.data.packing import one_per_row
+from easyrl.models.families import param_specs
+from easyrl.steps.dpo import DPOConfig
+from easyrl.steps.kto import make_kto_eval, make_kto_step, place_kto, plan_both, with_margins
+from easyrl.steps.state import create_train_state
+from tests.steps.conftest import make_params
+from tests.steps.test_dpo import plain_answers, sigmoid
+
+# mesh, rows per group, packed row length (0: one sequence a row)
+LAYOUTS = [("1,1,1", 1, 0), ("1,1,1", 2, 40), ("2,2,2", 4, 48)]
+CONFIG = DPOConfig("kto", beta=0.2, desirable_weight=1.3, undesirable_weight=0.8)
+DESIRABLE = np.array([True, False, False, True])
+
+
+@pytest.fixture
+def reference(ragged):
+    """Log-probs under a reference that likes the mismatched answers less, so that the reference point is above 0."""
+    rng = np.random.default_rng(3)
+    return (-4.6 * ragged.mask.sum(axis=1) + rng.normal(size=8) - 2.0 * (np.arange(8) % 2)).astype(np.float32)
+
+
+def place(ragged, ref_logprobs, mesh, rows, length, extra=0):
+    """The ragged batch, its odd rows taken as mismatches, with `extra` filler sequences behind it."""
+    T = ragged.tokens.shape[1]
+    tokens, mask = np.pad(ragged.tokens, ((0, extra), (0, 0))), np.pad(ragged.mask, ((0, extra), (0, 0)))
+    lengths = np.pad(ragged.lengths, (0, extra))
+    if length:
+        plans = plan_both(lengths, T, length)
+    else:
+        even = np.arange(8) % 2 == 0
+        plans = tuple(one_per_row(np.where(kept, lengths, 0), T, T) for kept in (even, ~even))
+    ref_logprobs = np.pad(ref_logprobs, (0, extra), constant_values=7.0)
+    desirable = np.pad(DESIRABLE, (0, extra // 2), constant_values=True)
+    return place_kto(tokens, mask, ref_logprobs, desirable, plans, rows, 4 // rows + 1, mesh)
+
+
+def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ragged, reference, one_device):
+    @jax.jit
+    def plain(params):
+        def loss(params):
+            logprobs, _ = plain_answers(params, cfg, ragged)
+            ratios = logprobs - reference
+            baseline = jax.lax.stop_gradient(jnp.maximum(jnp.mean(ratios[1::2]), 0.0))
+            gap = CONFIG.beta * (ratios[::2] - baseline)
+            losses = jnp.where(DESIRABLE, 1.3 * (1 - sigmoid(gap)), 0.8 * (1 - sigmoid(-gap)))
+            return jnp.mean(losses), (logprobs, baseline)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, (logprobs, baseline)), grads = jax.device_get(plain(make_params(cfg, "lm", one_device)))
+    rewards = CONFIG.beta * (logprobs - reference)[::2]
+    assert baseline > 0.1
+    for mesh_dim, rows, length in LAYOUTS:
+        mesh = make_mesh(mesh_dim, jax.devices()[: 1 if mesh_dim == "1,1,1" else 8])
+        optimizer = optax.sgd(1.0)  # the update is the gradient
+        params = make_params(cfg, "lm", mesh)
+        before = jax.device_get(params)
+        state = create_train_state(params, param_specs(cfg, "lm"), optimizer, mesh)
+        batch = place(ragged, reference, mesh, rows, length, extra=2 if length else 0)
+
+        evaluated = with_margins(make_kto_eval(cfg, mesh, CONFIG)(state.params, batch))
+        state, metrics = make_kto_step(cfg, optimizer, mesh, CONFIG)(state, batch)
+
+        np.testing.assert_allclose(metrics["loss"].value, loss, rtol=1e-5)
+        after = jax.device_get(state.params)
+        jax.tree.map(lambda a, b, g: np.testing.assert_allclose(a - b, g, atol=1e-5), before, after, grads)
+        np.testing.assert_allclose(metrics["kl"].value, baseline, rtol=1e-5)
+        np.testing.assert_allclose(metrics["rewards/chosen"].value, rewards[DESIRABLE].mean(), rtol=1e-4)
+        np.testing.assert_allclose(metrics["rewards/rejected"].value, rewards[~DESIRABLE].mean(), rtol=1e-4)
+        margin = rewards[DESIRABLE].mean() - rewards[~DESIRABLE].mean()
+        np.testing.assert_allclose(metrics["rewards/margins"].value, margin, rtol=1e-4)
+        assert metrics["tokens"].value == ragged.lengths.sum()
+        assert evaluated.keys() == metrics.keys() - {"grad_norm", "skipped", "tokens"}
+        for name, mean in evaluated.items():
+            np.testing.assert_allclose(mean.value, metrics[name].value, atol=1e-5, err_msg=name)
