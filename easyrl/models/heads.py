@@ -1,5 +1,7 @@
 """What sits on the trunk: next-token logits, or one number for every token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import normal, zeros
@@ -50,16 +52,43 @@ def scalar(params: dict, cfg, hidden: Array) -> Array:
     return out + head["scalar_bias"].astype(jnp.float32) if "scalar_bias" in head else out
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def token_logprobs(logits: Array, targets: Array, temperature: float = 1.0) -> tuple[Array, Array]:
     """log p(target) and the entropy of p, where p = softmax(logits / temperature).
 
     The one definition of a log-probability: the sampler, the old, new and reference log-probs, SFT and DPO all end here.
     logits [..., V], targets int [...]; both results float32 [...]. A temperature of 0 (greedy decoding) is taken as 1,
     because the limit puts all mass on one token and has no useful logarithm.
+
+    The gradient is written out, so that the backward pass holds the logits and their gradient and nothing else of size V:
+
+        d log p(target) / d z_v = [v = target] - p_v        d H / d z_v = -p_v (log p_v + H)        z = logits / temperature
     """
+    return _token_logprobs_forward(logits, targets, temperature)[0]
+
+
+def _centred(logits: Array, temperature: float) -> Array:
+    """logits / temperature less their largest, float32: what follows then keeps its digits, however large they are."""
     logits = logits.astype(jnp.float32) / (temperature if temperature > 0 else 1.0)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    logprobs = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_z
-    probs = jnp.exp(logits - log_z[..., None])
-    entropy = log_z - jnp.sum(probs * logits, axis=-1)
-    return logprobs, entropy
+    return logits - jnp.max(logits, axis=-1, keepdims=True)
+
+
+def _token_logprobs_forward(logits: Array, targets: Array, temperature: float):
+    centred = _centred(logits, temperature)
+    log_z = jnp.log(jnp.sum(jnp.exp(centred), axis=-1))
+    logprobs = jnp.take_along_axis(centred, targets[..., None], axis=-1)[..., 0] - log_z
+    entropy = log_z - jnp.sum(jnp.exp(centred - log_z[..., None]) * centred, axis=-1)
+    return (logprobs, entropy), (logits, targets, log_z, entropy)
+
+
+def _token_logprobs_backward(temperature: float, saved, gradients):
+    logits, targets, log_z, entropy = saved
+    of_logprobs, of_entropy = (gradient[..., None] for gradient in gradients)
+    logp = _centred(logits, temperature) - log_z[..., None]
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    of_all = jnp.exp(logp) * (of_logprobs + of_entropy * (logp + entropy[..., None]))
+    of_scaled = jnp.where(is_target, of_logprobs, 0.0) - of_all
+    return (of_scaled / (temperature if temperature > 0 else 1.0)).astype(logits.dtype), None
+
+
+token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
