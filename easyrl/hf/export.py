@@ -35,6 +35,7 @@ def export_model(
     *,
     tokenizer=None,
     generation_config: Mapping[str, Any] | None = None,
+    config_fields: Mapping[str, Any] | None = None,
     dtype=None,
     model_card: ModelCard | None = None,
     max_shard_bytes: float = 5e9,
@@ -46,13 +47,13 @@ def export_model(
     the way out (default: as they are). `tokenizer` is a transformers tokenizer; its special ids go into config.json.
     `generation_config` holds how the policy was sampled (temperature, top_k, top_p, eos_token_id, ...); what it
     leaves out is written as no restriction at all, because transformers would otherwise keep only the 50 likeliest
-    tokens.
+    tokens. `config_fields` are further fields of config.json, which transformers keeps as attributes.
 
     Every process calls this, process 0 writes; the folder is complete when it returns. Raises UserError, before
     anything is written, when the folder already holds something that is not an earlier export.
     """
     directory = Path(directory)
-    _check_replaceable(directory)
+    check_replaceable(directory)
     plan = _plan(cfg, params, head, dtype)
     shards = plan_shards([info for info, *_ in plan], max_shard_bytes)
     tensors = (_fetch(leaf, tensor, layer).astype(info.dtype, copy=False) for info, leaf, tensor, layer in plan)
@@ -62,7 +63,8 @@ def export_model(
         beside.mkdir(parents=True)
         try:
             write_checkpoint(beside, shards, tensors)
-            _write_texts(beside, cfg, head, plan[0][0].dtype, tokenizer, dict(generation_config or {}), model_card)
+            _write_config(beside, cfg, head, plan[0][0].dtype, tokenizer, generation_config or {}, config_fields or {})
+            _write_card(beside, cfg, head, tokenizer, model_card)
             _replace(directory, beside)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
@@ -105,10 +107,16 @@ def _fetch(leaf: jax.Array, tensor: HFTensor, layer: int | None) -> np.ndarray:
     return tensor.to_theirs(np.asarray(whole))
 
 
-def _write_texts(
-    directory: Path, cfg: ModelConfig, head: str, dtype: np.dtype, tokenizer, generation: dict, card: ModelCard | None
+def _write_config(
+    directory: Path,
+    cfg: ModelConfig,
+    head: str,
+    dtype: np.dtype,
+    tokenizer,
+    generation: Mapping[str, Any],
+    fields: Mapping[str, Any],
 ) -> None:
-    """Everything but the weights."""
+    """config.json, generation_config.json and the tokenizer."""
     family = family_of(cfg)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     generation = {key: value for key, value in generation.items() if value is not None and value != []}
@@ -120,6 +128,7 @@ def _write_texts(
         **special,
         "torch_dtype": dtype.name,
         MARK: "easyrl",
+        **fields,
     }
     if head != "lm":
         config |= {"id2label": {"0": head}, "label2id": {head: 0}}
@@ -130,6 +139,10 @@ def _write_texts(
         _write_json(directory / "generation_config.json", generation_json({**special, **generation}))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+def _write_card(directory: Path, cfg: ModelConfig, head: str, tokenizer, card: ModelCard | None) -> None:
+    """README.md."""
     chat = getattr(tokenizer, "chat_template", None) is not None
     text = render(card or ModelCard(title=f"A {cfg.hf_type} model"), head, chat=chat)
     (directory / "README.md").write_text(text, encoding="utf-8")
@@ -148,8 +161,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_replaceable(directory: Path) -> None:
-    """Raise UserError when `directory` holds anything but an earlier export."""
+def check_replaceable(directory: Path) -> None:
+    """Raise UserError when `directory` holds anything but an earlier export: better before training than after it."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file, expected a new folder to export to")
     if not directory.exists() or not any(directory.iterdir()):

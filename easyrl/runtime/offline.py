@@ -5,7 +5,7 @@ A script finds what there is (`find_start`, `load_data`), builds its own step an
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from easyrl.core.config import flag
 from easyrl.core.dtypes import DTYPES
@@ -26,7 +27,7 @@ from easyrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from easyrl.hf.export import check_replaceable
 from easyrl.hf.model_card import ModelCard
 from easyrl.hf.refs import FoundModel, find_model
-from easyrl.runtime.evaluation import Evaluation, Measure
+from easyrl.runtime.evaluation import Evaluation
 from easyrl.runtime.loop import Hook, StepInfo, run_loop
 from easyrl.runtime.progress import progress_hook
 from easyrl.runtime.report import write_report
@@ -143,12 +144,19 @@ def load_data(config: OfflineConfig, kind: str, template: Template, rows: int) -
     loaders = [Loader(dataset, config.train_dataset, config.seed, rows_multiple=rows)]
     if config.eval_dataset.path:
         dataset = load_dataset(config.held_out, kind, template, "eval_dataset")
-        settings = {"name": "eval_dataset", "rows_multiple": rows, "keep_last": True}
-        loaders.append(Loader(dataset, config.held_out, config.seed, **settings))
+        held_out = config.held_out
+        loader = Loader(dataset, held_out, config.seed, name="eval_dataset", rows_multiple=rows, keep_last=True)
+        loaders.append(loader)
     if jax.process_index() == 0:
         for name, loader in zip(("train_dataset", "eval_dataset"), loaders, strict=False):
             print(f"--{name}: {loader.summary()}", flush=True)
     return loaders[0], loaders[1] if len(loaders) > 1 else None
+
+
+def held_out_batches(held_out: Loader) -> Iterator[Batch]:
+    """Every batch of held-out data once, under a progress bar."""
+    batches = held_out.order.steps(0)
+    return iter(tqdm(held_out.batches(0, batches), desc="evaluating", total=batches, leave=False, disable=None))
 
 
 def count_steps(config: OfflineConfig, loader: Loader) -> int:
@@ -202,8 +210,9 @@ def train(
     run_dir: RunDir,
     state: TrainState,
     loader: Loader,
+    held_out: Loader | None,
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]],
-    measure: Measure | None,
+    measure: Callable[[dict, Loader], dict[str, Any]],
     export: Callable[[Path, dict, dict[str, float]], None],
     *,
     total: int,
@@ -214,8 +223,8 @@ def train(
     """Runs `total` steps of `step` on the loader's batches, with evaluation, trackers, exports and the report.
 
     Args:
-      measure: metrics of parameters on held-out data, None without such data; `best_by` is the one that picks the best
-        step (see `Evaluation`).
+      measure: `measure(params, held_out) -> metrics`, called when there are held-out data; `best_by` is the one that
+        picks the best step (see `Evaluation`).
       export: `export(folder, params, metrics)` writes a model.
       method: its name for people, as the title of the report.
       bar: label and name of the metrics that the progress bar shows.
@@ -224,9 +233,13 @@ def train(
     trackers = start_trackers(config.logger, run_dir, config)
     rate = learning_rate(config, total)
     evaluation = Evaluation(
-        run_dir.path / "best.json", measure, every=config.eval_freq, total=total, best_by=best_by,
+        run_dir.path / "best.json",
+        None if held_out is None else lambda params: measure(params, held_out),
+        every=config.eval_freq,
+        total=total,
+        best_by=best_by,
         on_best=partial(export, run_dir.path / HF_BEST) if config.save_best else None,
-    )  # fmt: skip
+    )
 
     def numbered_step(state: TrainState, numbered: tuple[int, Batch]) -> tuple[TrainState, dict[str, Any]]:
         number, batch = numbered

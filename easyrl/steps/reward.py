@@ -20,13 +20,14 @@ from jax.sharding import Mesh
 
 from easyrl.algos.preference import pairwise_loss, pointwise_loss
 from easyrl.core.config import flag
+from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean, constant_mean
 from easyrl.core.sharding import Shard, put, replicated
 from easyrl.data.packing import Plan, most_rows, pack
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.models.heads import scalar
 from easyrl.models.trunk import trunk
-from easyrl.steps.packed import PackPlan, gather, grads_over_groups, over_groups, place_plan
+from easyrl.steps.packed import PackPlan, gather, grads_over_groups, over_groups, place_plan, sums_over_groups
 from easyrl.steps.segments import last_tokens, packed_rows, pairs_together, sequence_sums
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 
@@ -42,8 +43,19 @@ class RewardLossConfig:
         "pairwise: the chosen answer scores higher; pointwise: the score is the logit of label 1.",
         choices=("pairwise", "pointwise"),
     )
-    label_smoothing: float = flag(0.0, "Pairwise: the share of preferences taken to be the wrong way round, below 0.5.")
-    center_coef: float = flag(0.0, "Pairwise: weight of (chosen + rejected)^2, which holds the mean score near 0.")
+    label_smoothing: float = flag(
+        0.0, "Pairwise: the share of preferences taken to be the wrong way round, below 0.5.", least=0
+    )
+    center_coef: float = flag(
+        0.0, "Pairwise: weight of (chosen + rejected)^2, which holds the mean score near 0.", least=0
+    )
+
+    def __post_init__(self) -> None:
+        if self.label_smoothing >= 0.5:
+            raise UserError(f"--label_smoothing={self.label_smoothing}: expected less than 0.5")
+        for name in ("label_smoothing", "center_coef") if self.loss == "pointwise" else ():
+            if getattr(self, name):
+                raise UserError(f"--{name}={getattr(self, name)}: --loss=pointwise does not read it")
 
 
 class RewardBatch(flax.struct.PyTreeNode):
@@ -106,17 +118,19 @@ def make_reward_step(
 
 
 def make_reward_eval(cfg: ModelConfig, mesh: Mesh, config: RewardLossConfig) -> Callable:
-    """`evaluate(params, batch: RewardBatch) -> metrics`, jitted: loss and `algos.preference`'s, accuracy among them.
+    """`evaluate(params, batch: RewardBatch) -> (metrics, scores)`, jitted.
 
-    Add up the batches of a data set with `core.masking.add_means`.
+    Metrics are the loss and those of `algos.preference`, accuracy among them: add up the batches of a data set with
+    `core.masking.add_metrics`. Scores are float32 [B], 0 for filler.
     """
-    objective = _objective(cfg, mesh, config)
+    shard = Shard(mesh)
 
-    def evaluate(params: dict, batch: RewardBatch) -> dict[str, Mean]:
-        measure = lambda group: objective(params, group, batch, 1.0)[1]
-        shapes = jax.eval_shape(measure, batch.plan.group(jnp.int32(0)))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return over_groups(batch.plan, zeros, lambda group, sums: jax.tree.map(jnp.add, sums, measure(group)))
+    def evaluate(params: dict, batch: RewardBatch) -> tuple[dict[str, Mean], Array]:
+        def measure(group: PackPlan) -> tuple[dict[str, Mean], Array]:
+            scores, here = _group_scores(params, cfg, group, batch.tokens, batch.lengths, shard)
+            return _group_loss(scores, here, batch, config)[1], scores
+
+        return sums_over_groups(batch.plan, measure)
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 
@@ -127,16 +141,24 @@ def _objective(cfg: ModelConfig, mesh: Mesh, config: RewardLossConfig) -> Callab
 
     def objective(params: dict, group: PackPlan, batch: RewardBatch, count) -> tuple[Array, dict[str, Mean]]:
         scores, here = _group_scores(params, cfg, group, batch.tokens, batch.lengths, shard)
-        if config.loss == "pairwise":
-            loss, metrics = pairwise_loss(
-                scores[::2], scores[1::2], here[::2] & here[1::2], margins=batch.targets,
-                label_smoothing=config.label_smoothing, center_coef=config.center_coef,
-            )  # fmt: skip
-        else:
-            loss, metrics = pointwise_loss(scores, batch.targets, here)
-        return loss.total / count, {"loss": loss} | metrics
+        loss, metrics = _group_loss(scores, here, batch, config)
+        return loss.total / count, metrics
 
     return objective
+
+
+def _group_loss(
+    scores: Array, here: Array, batch: RewardBatch, config: RewardLossConfig
+) -> tuple[Mean, dict[str, Mean]]:
+    """(loss, metrics with the loss) over the pairs, or sequences, that are in this group."""
+    if config.loss == "pairwise":
+        loss, metrics = pairwise_loss(
+            scores[::2], scores[1::2], here[::2] & here[1::2], margins=batch.targets,
+            label_smoothing=config.label_smoothing, center_coef=config.center_coef,
+        )  # fmt: skip
+    else:
+        loss, metrics = pointwise_loss(scores, batch.targets, here)
+    return loss, {"loss": loss} | metrics
 
 
 def _real(batch: RewardBatch) -> Array:

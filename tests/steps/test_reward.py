@@ -105,7 +105,8 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
         np.testing.assert_allclose(metrics["accuracy"].value, better.mean())
         np.testing.assert_allclose(metrics["mean_reward"].value, scores.mean(), atol=1e-5)
     # The last layout also serves for the evaluation; the step has taken its parameters.
-    evaluated = make_reward_eval(cfg, mesh, config)(make_params(cfg, "reward", mesh), batch)
+    evaluated, evaluated_scores = make_reward_eval(cfg, mesh, config)(make_params(cfg, "reward", mesh), batch)
+    np.testing.assert_allclose(evaluated_scores, np.pad(scores, (0, 2)), atol=1e-5)
     assert evaluated.keys() == metrics.keys() - {"grad_norm", "skipped", "tokens"}
     for name, mean in evaluated.items():
         np.testing.assert_allclose(mean.value, metrics[name].value, atol=1e-5, err_msg=name)

@@ -1,0 +1,128 @@
+"""Reward models: a language model with a head of one number learns which answers people prefer.
+
+    python -m easyrl.train_rm --load_checkpoint=hf::DIR --train_dataset.path=PAIRS.jsonl --output_dir=DIR ...
+
+One step of the loop is one batch of pairs (or of labelled answers, --loss=pointwise), packed into rows.
+docs/reward_models.md explains losses, flags and metrics.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from easyrl.core.config import flag, run
+from easyrl.core.dtypes import DTYPES
+from easyrl.core.masking import add_metrics
+from easyrl.core.sharding import make_mesh
+from easyrl.data.loader import Batch, Loader
+from easyrl.hf.export import export_model
+from easyrl.hf.refs import load_weights
+from easyrl.models.families import param_specs
+from easyrl.rewards.accuracy import ALL, Accuracy, accuracy_table, label_accuracies, pair_accuracies, subset_names
+from easyrl.runtime.offline import (
+    OfflineConfig,
+    count_steps,
+    find_start,
+    held_out_batches,
+    learning_rate,
+    load_data,
+    model_card,
+    open_run,
+    rows_per_pass,
+    train,
+)
+from easyrl.steps.optimizer import make_optimizer
+from easyrl.steps.reward import RewardBatch, RewardLossConfig, make_reward_eval, make_reward_step, place_reward_batch
+from easyrl.steps.state import TrainState, create_train_state
+
+METHOD = "Reward model"
+STATISTICS = ("reward_mean", "reward_std")  # of the held-out data, for whoever wants rewards of mean 0 and spread 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RewardLossConfig, OfflineConfig):
+    """Train a reward model on preferences, from a language model or from another reward model."""
+
+    lr: float = flag(1e-5, "Peak learning rate.", least=0)
+    subset_column: str = flag("subset", "Column of the held-out data that names subsets to report accuracy for.")
+
+
+def main(config: Config) -> None:
+    # ------------------------------------------------------------ what there is: everything but the weights
+    mesh = make_mesh(config.mesh_dim)
+    rows = rows_per_pass(config, mesh)
+    start, tokenizer, template = find_start(config)
+    paired = config.loss == "pairwise"
+    loader, held_out = load_data(config, "pair" if paired else "labelled", template, rows)
+    run_dir = open_run(config, "train_rm")
+
+    # ------------------------------------------------------------ weights, schedule, device programs
+    total = count_steps(config, loader)
+    optimizer = make_optimizer(config.optimizer, learning_rate(config, total))
+    params = load_weights(
+        start, mesh, head="reward", dtype=DTYPES[config.param_dtype], seed=config.seed, new_head="normal"
+    )
+    state = create_train_state(params, param_specs(start.cfg, "reward"), optimizer, mesh)
+    del params  # they live in the state now, which is donated from step to step
+    update = make_reward_step(start.cfg, optimizer, mesh, config)
+    evaluate = make_reward_eval(start.cfg, mesh, config)
+
+    # ------------------------------------------------------------ one step, one evaluation, one export
+    measured: list[Accuracy] = []  # by the last evaluation
+
+    def place(batch: Batch, loader: Loader) -> RewardBatch:
+        groups = -(-loader.most_rows // rows)
+        return place_reward_batch(batch.tokens, batch.lengths, batch.values, batch.plan, rows, groups, mesh)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        return update(state, place(batch, loader))
+
+    def measure(params: dict, held_out: Loader) -> dict[str, Any]:
+        nonlocal measured
+        sums: dict[str, Any] = {}
+        samples, scores, lengths = [], [], []
+        for batch in held_out_batches(held_out):
+            metrics, batch_scores = evaluate(params, place(batch, held_out))
+            sums = add_metrics(sums, metrics) if sums else metrics
+            live = batch.samples >= 0
+            samples.append(batch.samples[live])
+            scores.append(np.asarray(batch_scores).reshape(len(live), -1)[live])
+            lengths.append((batch.lengths - batch.prompt_lengths).reshape(len(live), -1)[live])
+        sample, score, length = (np.concatenate(parts) for parts in (samples, scores, lengths))
+        subsets = subset_names(held_out.dataset, sample, config.subset_column)
+        if paired:
+            measured = pair_accuracies(score, length, subsets)
+        else:
+            measured = label_accuracies(score[:, 0], held_out.dataset.values[sample], subsets)
+        return {
+            **sums,
+            **{f"accuracy/{row.subset}": row.accuracy for row in measured if row.subset != ALL},
+            **({"longer_wins": measured[0].longer_wins} if paired else {}),
+            "reward_mean": score.mean(dtype=np.float64),
+            "reward_std": score.std(dtype=np.float64),
+        }
+
+    def export(folder: Path, params: dict, metrics: dict[str, float]) -> None:
+        facts = {"loss": config.loss, "label_smoothing": config.label_smoothing, "center_coef": config.center_coef}
+        export_model(
+            folder, start.cfg, params, "reward",
+            tokenizer=tokenizer,
+            # A step without an evaluation has none.
+            config_fields={name: metrics[f"eval/{name}"] for name in STATISTICS if f"eval/{name}" in metrics},
+            model_card=model_card(config, METHOD, template, total, metrics, **facts),
+        )  # fmt: skip
+
+    train(
+        config, run_dir, state, loader, held_out, step, measure, export,
+        total=total, method=METHOD, best_by="accuracy",
+        bar={"loss": "loss", "accuracy": "accuracy", "eval": "eval/accuracy", "tok/s": "tokens_per_second"},
+    )  # fmt: skip
+    if measured and jax.process_index() == 0:
+        print(accuracy_table(measured), flush=True)
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,103 @@
+"""Supervised fine-tuning: a language model learns to give the answers it is shown.
+
+    python -m easyrl.train_sft --load_checkpoint=hf::DIR --train_dataset.path=FILE.jsonl --output_dir=DIR ...
+
+One step of the loop is one batch of answered prompts, packed into rows. docs/sft.md explains flags and metrics.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from easyrl.core.config import flag, run
+from easyrl.core.dtypes import DTYPES
+from easyrl.core.masking import add_metrics
+from easyrl.core.sharding import make_mesh
+from easyrl.data.loader import Batch, Loader
+from easyrl.data.tokenizer import pad_id
+from easyrl.hf.export import export_model
+from easyrl.hf.refs import load_weights
+from easyrl.models.families import param_specs
+from easyrl.runtime.offline import (
+    OfflineConfig,
+    count_steps,
+    find_start,
+    held_out_batches,
+    learning_rate,
+    load_data,
+    model_card,
+    open_run,
+    rows_per_pass,
+    train,
+)
+from easyrl.steps.optimizer import make_optimizer
+from easyrl.steps.sft import SFTBatch, make_sft_eval, make_sft_step, perplexity, place_sft_batch
+from easyrl.steps.state import TrainState, create_train_state
+
+METHOD = "SFT"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(OfflineConfig):
+    """Fine-tune a language model on answered prompts, or on plain text."""
+
+    loss_on: str = flag(
+        "answers",
+        "The tokens to learn: those that the assistant writes (of plain text all), or all but the first of a sequence.",
+        choices=("answers", "all"),
+    )
+
+
+def main(config: Config) -> None:
+    # ------------------------------------------------------------ what there is: everything but the weights
+    mesh = make_mesh(config.mesh_dim)
+    rows = rows_per_pass(config, mesh)
+    start, tokenizer, template = find_start(config)
+    loader, held_out = load_data(config, "sft", template, rows)
+    run_dir = open_run(config, "train_sft")
+
+    # ------------------------------------------------------------ weights, schedule, device programs
+    total = count_steps(config, loader)
+    optimizer = make_optimizer(config.optimizer, learning_rate(config, total))
+    params = load_weights(start, mesh, head="lm", dtype=DTYPES[config.param_dtype], seed=config.seed)
+    state = create_train_state(params, param_specs(start.cfg, "lm"), optimizer, mesh)
+    del params  # they live in the state now, which is donated from step to step
+    update = make_sft_step(start.cfg, optimizer, mesh)
+    evaluate = make_sft_eval(start.cfg, mesh)
+
+    # ------------------------------------------------------------ one step, one evaluation, one export
+    def place(batch: Batch, loader: Loader) -> SFTBatch:
+        mask = batch.mask
+        if config.loss_on == "all":
+            mask = np.arange(loader.width) < batch.lengths[:, None] - 1
+        return place_sft_batch(batch.tokens, mask, batch.plan, rows, -(-loader.most_rows // rows), mesh)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        return update(state, place(batch, loader))
+
+    def measure(params: dict, held_out: Loader) -> dict[str, Any]:
+        sums: dict[str, Any] = {}
+        for batch in held_out_batches(held_out):
+            metrics = evaluate(params, place(batch, held_out))
+            sums = add_metrics(sums, metrics) if sums else metrics
+        return sums | {"perplexity": perplexity(sums["loss"])}
+
+    def export(folder: Path, params: dict, metrics: dict[str, float]) -> None:
+        stop_ids = dict.fromkeys((*start.stop_ids, *template.stop_ids))
+        special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id(tokenizer)}
+        export_model(
+            folder, start.cfg, params, "lm",
+            tokenizer=tokenizer, generation_config={"eos_token_id": list(stop_ids), **special},
+            model_card=model_card(config, METHOD, template, total, metrics, loss_on=config.loss_on),
+        )  # fmt: skip
+
+    train(
+        config, run_dir, state, loader, held_out, step, measure, export,
+        total=total, method=METHOD, bar={"loss": "loss", "perplexity": "eval/perplexity", "tok/s": "tokens_per_second"},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main, Config)
