@@ -144,7 +144,8 @@ def load_config(config_class: type[T], argv: Sequence[str]) -> T:
     """The config that a command line asks for: defaults, then the YAML file of --config, then flags.
 
     Args:
-      config_class: a frozen dataclass whose fields are made by `flag`.
+      config_class: a frozen dataclass whose fields are made by `flag`. Its static method `default_yaml(given)`, if it has
+        one, names the YAML file to read without --config, from the values of the flags that are given.
       argv: the command line without the program's name.
 
     Raises UserError for a flag, key, value or file that cannot be used. Prints help and exits for --help.
@@ -154,7 +155,7 @@ def load_config(config_class: type[T], argv: Sequence[str]) -> T:
         print(help_text(config_class))
         raise SystemExit(0)
     given = _parse_flags(specs, argv)
-    path = given.pop("config", "")
+    path = given.pop("config", "") or getattr(config_class, "default_yaml", lambda given: "")(given)
     del specs["config"]
     values = {name: spec.default for name, spec in specs.items()}
     values |= _read_yaml(specs, path) if path else {}
