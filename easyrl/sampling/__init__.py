@@ -1,1 +1,1 @@
-"""Text from a model: prefill, cached decoding, the choice of the next token."""
+"""From prompts to responses: filters on logits, and cached decoding."""

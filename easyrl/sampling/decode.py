@@ -1,0 +1,237 @@
+"""Sampling responses: one prefill of the prompts, then cached decoding until every row has ended.
+
+Axes: B rows (prompts, or prompts x samples), P prompt, C completion, D width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from easyrl.core.config import flag
+from easyrl.core.errors import UserError
+from easyrl.core.sharding import Shard
+from easyrl.models.cache import grow_cache, init_cache, repeat_rows
+from easyrl.models.families import ModelConfig
+from easyrl.models.heads import lm_logits, token_logprobs
+from easyrl.models.trunk import trunk, unstack_layers
+from easyrl.sampling.logits import choose, keep_top_k, keep_top_p, penalise_repetition, suppress
+
+Array = jax.Array
+
+LOGPROB_SPACES = ("sampling", "model")
+
+# The cache starts with room for the prompt and grows this many times at most, so that attention reads little more than
+# what is filled. Every size compiles the step once more, so short completions get fewer.
+MAX_CACHE_SIZES = 4
+MIN_GROWTH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are drawn. Nothing is filtered unless asked for: no hidden top-k."""
+
+    max_new_tokens: int = flag(128, "Most tokens in a response, the end token included.")
+    min_new_tokens: int = flag(0, "End tokens are ruled out before this many tokens.")
+    temperature: float = flag(1.0, "Logits are divided by this. 0: the most likely token (greedy).")
+    top_k: int = flag(0, "Sample among the k most likely tokens. 0: all.")
+    top_p: float = flag(1.0, "Sample among the most likely tokens that make up this mass. 1: all.")
+    repetition_penalty: float = flag(1.0, "Divides the positive logits of tokens seen so far, multiplies the negative.")
+
+    def __post_init__(self) -> None:
+        expected = {
+            "max_new_tokens": ("1 or more", self.max_new_tokens >= 1),
+            "min_new_tokens": (
+                f"0 to max_new_tokens={self.max_new_tokens}",
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+            ),
+            "temperature": ("0 or more", self.temperature >= 0),
+            "top_k": ("0 or more", self.top_k >= 0),
+            "top_p": ("more than 0, at most 1", 0 < self.top_p <= 1),
+            "repetition_penalty": ("more than 0", self.repetition_penalty > 0),
+        }
+        for name, (what, holds) in expected.items():
+            if not holds:
+                raise UserError(f"{name}: found {getattr(self, name)}, expected {what}")
+
+
+class Samples(flax.struct.PyTreeNode):
+    """Responses, each row's tokens from the left."""
+
+    tokens_BC: Array  # int32; pad_id after the response
+    lengths_B: Array  # int32; the end token counts
+    logprobs_BC: Array  # float32; 0 after the response
+    ended_B: Array  # bool: the last token is a stop id, which the model sampled; False: cut at max_new_tokens
+    steps: Array  # int32: tokens drawn for the longest row, the loop's length
+
+
+class _Rows(flax.struct.PyTreeNode):
+    """The responses after `step` tokens."""
+
+    step: Array
+    tokens_BC: Array
+    logprobs_BC: Array
+    lengths_B: Array
+    done_B: Array
+    seen_BV: Array | None  # tokens of the prompt and the response so far; None without a repetition penalty
+
+
+def sample_ids(prompt_ids: Array, num_samples: int) -> Array:
+    """The sample ids [B * n] of n = `num_samples` samples for each prompt: prompt_id * n + j, a prompt's together."""
+    return (jnp.asarray(prompt_ids)[:, None] * num_samples + jnp.arange(num_samples)).reshape(-1)
+
+
+def make_sampler(
+    cfg: ModelConfig,
+    sampling: SamplingConfig,
+    *,
+    stop_ids: tuple[int, ...],
+    pad_id: int = 0,
+    logprob_space: str = "sampling",
+    num_samples: int = 1,
+    mesh: Mesh | None = None,
+) -> Callable[..., Samples]:
+    """The jitted `sample(params, prompts_BP, prompt_lengths_B, key, sample_ids) -> Samples`.
+
+    prompts int32 [B, P], right-padded with anything; prompt_lengths int32 [B], where 0 marks a row that only fills the
+    batch and gets an empty response. With `num_samples` = n each prompt is prefilled once and gets n responses:
+    sample_ids and all results have B * n rows, a prompt's next to each other.
+
+    A row's response is a function of the weights, its prompt, `key` and its sample id: token t is drawn with
+    fold_in(fold_in(key, sample_id), t), so neither its neighbours nor the batch size, the padding or the mesh matter.
+    `key` should encode the seed and the step. A response stops with the first of `stop_ids` that it samples, and holds
+    no other; nothing is appended.
+
+    logprobs[b, t] = log p(tokens[b, t] | prompt, tokens[b, :t]) by `models.heads.token_logprobs`, at `temperature` in
+    logprob_space `sampling` and at 1 in `model`: in both before repetition penalty, suppressed ends, top-k and top-p,
+    which a trainer's forward pass does not know of.
+
+    Raises UserError for a stop id outside the vocabulary, and for B that the mesh's dp x fsdp does not divide.
+    """
+    if logprob_space not in LOGPROB_SPACES:
+        raise UserError(f"logprob_space: found {logprob_space!r}, expected one of {', '.join(LOGPROB_SPACES)}")
+    for stop_id in stop_ids:
+        if not 0 <= stop_id < cfg.vocab_size:
+            raise UserError(f"stop_ids: found {stop_id}, expected ids below the vocabulary size {cfg.vocab_size}")
+    C = sampling.max_new_tokens
+    logprob_temperature = sampling.temperature if logprob_space == "sampling" else 1.0
+    shard = None if mesh is None else Shard(mesh)
+
+    def by_row(x: Array) -> Array:
+        return x if shard is None else shard(x, "batch", *[None] * (x.ndim - 1))
+
+    def draw(params: dict, hidden_BD: Array, row_keys_B: Array, rows: _Rows) -> _Rows:
+        """The next token of every row that goes on."""
+        logits_BV = lm_logits(params, cfg, hidden_BD)
+        tokens_B = next_tokens(sampling, logits_BV, row_keys_B, rows.step, stop_ids, rows.seen_BV)
+        logprobs_B, _ = token_logprobs(logits_BV, tokens_B, logprob_temperature)
+        tokens_B = jnp.where(rows.done_B, pad_id, tokens_B)
+        logprobs_B = jnp.where(rows.done_B, 0.0, logprobs_B)
+        seen_BV = rows.seen_BV
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), tokens_B].set(True)
+        return _Rows(
+            step=rows.step + 1,
+            tokens_BC=jax.lax.dynamic_update_slice_in_dim(rows.tokens_BC, tokens_B[:, None], rows.step, axis=1),
+            logprobs_BC=jax.lax.dynamic_update_slice_in_dim(rows.logprobs_BC, logprobs_B[:, None], rows.step, axis=1),
+            lengths_B=rows.lengths_B + ~rows.done_B,
+            done_B=rows.done_B | jnp.isin(tokens_B, jnp.asarray(stop_ids, jnp.int32)),
+            seen_BV=seen_BV,
+        )
+
+    @jax.jit
+    def sample(params: dict, prompts_BP: Array, prompt_lengths_B: Array, key: Array, sample_ids: Array) -> Samples:
+        # Prefill: each prompt once, the head at its last token only.
+        B, P = prompts_BP.shape
+        prompts_BP, prompt_lengths_B = by_row(prompts_BP), by_row(prompt_lengths_B)
+        positions_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
+        is_prompt_BP = positions_BP < prompt_lengths_B[:, None]
+        hidden_BPD, cache = trunk(
+            params,
+            cfg,
+            prompts_BP,
+            positions_BP,
+            is_prompt_BP.astype(jnp.int32),
+            cache=init_cache(cfg, B, P),
+            shard=shard,
+        )
+        assert cache is not None
+        last_B = jnp.maximum(prompt_lengths_B - 1, 0)
+        hidden_BD = jnp.take_along_axis(hidden_BPD, last_B[:, None, None], axis=1)[:, 0]
+        seen_BV = None
+        if sampling.repetition_penalty != 1:
+            seen_BV = jnp.zeros((B, cfg.vocab_size), bool).at[jnp.arange(B)[:, None], prompts_BP].max(is_prompt_BP)
+
+        # From here on a row is a sample.
+        cache = repeat_rows(cache, num_samples)
+        prompt_lengths_B, hidden_BD, seen_BV = jax.tree.map(
+            lambda x: by_row(jnp.repeat(x, num_samples, axis=0)), (prompt_lengths_B, hidden_BD, seen_BV)
+        )
+        B = B * num_samples
+        row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, by_row(sample_ids))
+        decode_params = unstack_layers(params, cfg)
+        rows = _Rows(
+            step=jnp.zeros((), jnp.int32),
+            tokens_BC=by_row(jnp.full((B, C), pad_id, jnp.int32)),
+            logprobs_BC=by_row(jnp.zeros((B, C), jnp.float32)),
+            lengths_B=by_row(jnp.zeros(B, jnp.int32)),
+            done_B=prompt_lengths_B == 0,
+            seen_BV=seen_BV,
+        )
+        rows = draw(decode_params, hidden_BD, row_keys_B, rows)
+
+        def go_on(carry):
+            cache, rows = carry
+            return (cache.index < cache.size) & (rows.step < C) & ~jnp.all(rows.done_B)
+
+        def decode(carry):
+            cache, rows = carry
+            hidden_B1D, cache = trunk(
+                decode_params,
+                cfg,
+                jax.lax.dynamic_slice_in_dim(rows.tokens_BC, rows.step - 1, 1, axis=1),
+                (prompt_lengths_B + rows.step - 1)[:, None],
+                (~rows.done_B)[:, None].astype(jnp.int32),
+                cache=cache,
+                shard=shard,
+            )
+            return cache, draw(decode_params, hidden_B1D[:, 0], row_keys_B, rows)
+
+        for size in cache_sizes(P, C):
+            cache, rows = jax.lax.while_loop(go_on, decode, (grow_cache(cache, size), rows))
+        ended_B = rows.done_B & (rows.lengths_B > 0)
+        return Samples(rows.tokens_BC, rows.lengths_B, rows.logprobs_BC, ended_B, rows.step)
+
+    return sample
+
+
+def next_tokens(
+    sampling: SamplingConfig,
+    logits_BV: Array,
+    row_keys_B: Array,
+    step: Array,
+    stop_ids: tuple[int, ...],
+    seen_BV: Array | None,
+) -> Array:
+    """Token number `step` (from 0) of every row, int32 [B], filtered in the order of transformers' `generate`."""
+    if seen_BV is not None:
+        logits_BV = penalise_repetition(logits_BV, seen_BV, sampling.repetition_penalty)
+    if sampling.min_new_tokens > 0:
+        logits_BV = suppress(logits_BV, stop_ids, step < sampling.min_new_tokens)
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k > 0:
+        logits_BV = keep_top_k(logits_BV, sampling.top_k)
+    if sampling.top_p < 1:
+        logits_BV = keep_top_p(logits_BV, sampling.top_p)
+    return choose(jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, step), logits_BV)
+
+
+def cache_sizes(prompt_size: int, max_new_tokens: int) -> list[int]:
+    """The sizes through which the cache grows: equal shares of the completion, each on top of the prompt."""
+    num_sizes = min(MAX_CACHE_SIZES, -(-max_new_tokens // MIN_GROWTH))
+    return [prompt_size + -(-max_new_tokens * (i + 1) // num_sizes) for i in range(num_sizes)]
