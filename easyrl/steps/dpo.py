@@ -4,7 +4,7 @@ An answer's log-prob is the sum over its tokens, in the convention of `steps.log
 `tokens[b, t + 1]` is a token of the answer. Rows 2i and 2i + 1 of a batch are pair i's chosen and rejected answer.
 
 Both answers of a pair must come out of the same forward pass to get their gradient, so a plan keeps them in one group
-(`place_pairs` refuses any other). Losses are means over all pairs of the batch, whatever the packing and grouping.
+(`place_answers` refuses any other). Losses are means over all pairs of the batch, whatever the packing and grouping.
 The reference enters as numbers, one for each answer: whether they were computed beforehand and kept on disk
 (`steps.reference`) or a moment ago by a reference model in memory, the step is the same.
 """
@@ -97,8 +97,8 @@ class DPOConfig:
         return {name: value for name, value in values.items() if name in loss_options(self.loss)}
 
 
-class PairBatch(flax.struct.PyTreeNode):
-    """A padded batch of pairs, what the reference says of them, and the plan that packs it. Empty rows are filler."""
+class AnswerBatch(flax.struct.PyTreeNode):
+    """A padded batch of answered prompts, what the reference says of them, and the plan that packs it."""
 
     tokens: Array  # int32 [B, T]
     mask: Array  # bool [B, T], nowhere True in a filler
@@ -106,17 +106,25 @@ class PairBatch(flax.struct.PyTreeNode):
     plan: PackPlan
 
 
-def place_pairs(
-    tokens: np.ndarray, mask: np.ndarray, ref_logprobs: np.ndarray, packing: Plan, rows: int, groups: int, mesh: Mesh
-) -> PairBatch:
+def place_answers(
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    ref_logprobs: np.ndarray,
+    packing: Plan,
+    rows: int,
+    groups: int,
+    mesh: Mesh,
+    *,
+    paired: bool,
+) -> AnswerBatch:
     """Host arrays as a batch that every device holds, in `groups` groups of `rows` packed rows.
 
-    Raises ValueError when `packing` parts a pair.
+    Raises ValueError when answers are `paired` and `packing` parts a pair.
     """
-    if not pairs_together(packing.source, rows, tokens.shape):
+    if paired and not pairs_together(packing.source, rows, tokens.shape):
         raise ValueError(f"the packing plan parts a pair: both its answers must be in one group of {rows} rows")
     arrays = (np.asarray(tokens, np.int32), np.asarray(mask, bool), np.asarray(ref_logprobs, np.float32))
-    return PairBatch(*put(arrays, replicated(mesh)), place_plan(*packing, rows, groups, mesh))
+    return AnswerBatch(*put(arrays, replicated(mesh)), place_plan(*packing, rows, groups, mesh))
 
 
 def answer_logprobs(
@@ -144,7 +152,7 @@ def make_answer_logprobs(cfg: ModelConfig, mesh: Mesh) -> Callable:
 
 
 def make_dpo_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, config: DPOConfig) -> Callable:
-    """`step(state: TrainState, batch: PairBatch) -> (state, metrics)`, jitted, `state` donated.
+    """`step(state: TrainState, batch: AnswerBatch) -> (state, metrics)`, jitted, `state` donated.
 
         loss = mean over pairs of LOSSES[config.loss] + config.nll_weight * NLL of the chosen answers
 
@@ -155,7 +163,7 @@ def make_dpo_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mes
     objective = _objective(cfg, mesh, config)
     shardings = state_shardings(param_specs(cfg, "lm"), optimizer, mesh)
 
-    def step(state: TrainState, batch: PairBatch) -> tuple[TrainState, dict[str, Mean]]:
+    def step(state: TrainState, batch: AnswerBatch) -> tuple[TrainState, dict[str, Mean]]:
         counts = _counts(batch, config)
         grads, metrics = grads_over_groups(
             batch.plan, lambda params, group: objective(params, group, batch, counts), state.params, shardings.params
@@ -171,13 +179,13 @@ def make_dpo_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mes
 
 
 def make_dpo_eval(cfg: ModelConfig, mesh: Mesh, config: DPOConfig) -> Callable:
-    """`evaluate(params, batch: PairBatch) -> sums`, jitted: the metrics of the loss, without a gradient.
+    """`evaluate(params, batch: AnswerBatch) -> sums`, jitted: the metrics of the loss, without a gradient.
 
     Add up the batches of a data set with `core.masking.add_means`, then take `with_total_loss` of the sum.
     """
     objective = _objective(cfg, mesh, config)
 
-    def evaluate(params: dict, batch: PairBatch) -> dict[str, Mean]:
+    def evaluate(params: dict, batch: AnswerBatch) -> dict[str, Mean]:
         return sums_over_groups(batch.plan, lambda group: objective(params, group, batch, (1.0, 1.0))[1])
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
@@ -195,7 +203,7 @@ def _objective(cfg: ModelConfig, mesh: Mesh, config: DPOConfig) -> Callable:
     """`objective(params, group, batch, counts) -> (the group's part of the batch's loss, its metrics)`."""
     shard = Shard(mesh)
 
-    def objective(params: dict, group: PackPlan, batch: PairBatch, counts) -> tuple[Array, dict[str, Mean]]:
+    def objective(params: dict, group: PackPlan, batch: AnswerBatch, counts) -> tuple[Array, dict[str, Mean]]:
         logprobs, lengths, entropy = answer_logprobs(params, cfg, group, batch.tokens, batch.mask, shard)
         sides = ((x[::2], x[1::2]) for x in (logprobs, batch.ref_logprobs, lengths))
         pairs = Pairs(*(side for both in sides for side in both))
@@ -213,7 +221,7 @@ def _objective(cfg: ModelConfig, mesh: Mesh, config: DPOConfig) -> Callable:
     return objective
 
 
-def _counts(batch: PairBatch, config: DPOConfig) -> tuple[Array, Array]:
+def _counts(batch: AnswerBatch, config: DPOConfig) -> tuple[Array, Array]:
     """What the two terms of the loss are divided by: pairs, and tokens of chosen answers (or pairs)."""
     lengths = jnp.sum(batch.mask, axis=1, dtype=jnp.float32)
     real = (lengths[::2] > 0) & (lengths[1::2] > 0)

@@ -19,7 +19,7 @@ from easyrl.steps.dpo import (
     make_answer_logprobs,
     make_dpo_eval,
     make_dpo_step,
-    place_pairs,
+    place_answers,
     with_total_loss,
 )
 from easyrl.steps.packed import place_plan
@@ -99,7 +99,7 @@ def place(ragged, ref_logprobs, mesh, rows, length, extra=0):
     lengths = np.pad(ragged.lengths, (0, extra))
     packing = pack(lengths, T, length, together=2) if length else one_per_row(lengths, T, 2 * T, together=2)
     ref_logprobs = np.pad(ref_logprobs, (0, extra), constant_values=7.0)
-    return place_pairs(tokens, mask, ref_logprobs, packing, rows, 8 // rows + 1, mesh)
+    return place_answers(tokens, mask, ref_logprobs, packing, rows, 8 // rows + 1, mesh, paired=True)
 
 
 def start(cfg, mesh):
@@ -212,7 +212,7 @@ def test_batches_add_up_to_the_data_set(cfg, ragged, reference, one_device):
 def test_a_plan_that_parts_a_pair_is_refused(ragged, reference, one_device):
     apart = one_per_row(ragged.lengths, 24, 24)
     with pytest.raises(ValueError, match="parts a pair: both its answers must be in one group of 1 rows"):
-        place_pairs(ragged.tokens, ragged.mask, reference, apart, 1, 8, one_device)
+        place_answers(ragged.tokens, ragged.mask, reference, apart, 1, 8, one_device, paired=True)
 
 
 def test_only_the_trained_model_has_optimizer_state(cfg, one_device):

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from easyrl.core.sharding import make_mesh
-from easyrl.data.packing import one_per_row
+from easyrl.core.sharding import make_mesh, put, replicated
+from easyrl.data.packing import one_per_row, pack
 from easyrl.models.families import param_specs
-from easyrl.steps.dpo import DPOConfig
-from easyrl.steps.kto import make_kto_eval, make_kto_step, place_kto, plan_both, with_margins
+from easyrl.steps.dpo import DPOConfig, place_answers
+from easyrl.steps.kto import KTOBatch, make_kto_eval, make_kto_step, with_margins
 from easyrl.steps.state import create_train_state
 from tests.steps.conftest import make_params
 from tests.steps.test_dpo import plain_answers, sigmoid
@@ -29,18 +29,18 @@ def reference(ragged):
 
 
 def place(ragged, ref_logprobs, mesh, rows, length, extra=0):
-    """The ragged batch, its odd rows taken as mismatches, with `extra` filler sequences behind it."""
+    """The ragged batch, its odd rows taken as mismatches, with `extra` fillers behind each half."""
     T = ragged.tokens.shape[1]
-    tokens, mask = np.pad(ragged.tokens, ((0, extra), (0, 0))), np.pad(ragged.mask, ((0, extra), (0, 0)))
-    lengths = np.pad(ragged.lengths, (0, extra))
-    if length:
-        plans = plan_both(lengths, T, length)
-    else:
-        even = np.arange(8) % 2 == 0
-        plans = tuple(one_per_row(np.where(kept, lengths, 0), T, T) for kept in (even, ~even))
-    ref_logprobs = np.pad(ref_logprobs, (0, extra), constant_values=7.0)
-    desirable = np.pad(DESIRABLE, (0, extra // 2), constant_values=True)
-    return place_kto(tokens, mask, ref_logprobs, desirable, plans, rows, 4 // rows + 1, mesh)
+
+    def half(first):
+        tokens, mask = (np.pad(x[first::2], ((0, extra), (0, 0))) for x in (ragged.tokens, ragged.mask))
+        lengths = np.pad(ragged.lengths[first::2], (0, extra))
+        packing = pack(lengths, T, length) if length else one_per_row(lengths, T, T)
+        ref = np.pad(ref_logprobs[first::2], (0, extra), constant_values=7.0)
+        return place_answers(tokens, mask, ref, packing, rows, 4 // rows + 1, mesh, paired=False)
+
+    desirable = put(np.pad(DESIRABLE, (0, extra), constant_values=True), replicated(mesh))
+    return KTOBatch(half(0), half(1), desirable)
 
 
 def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ragged, reference, one_device):
