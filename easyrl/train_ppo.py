@@ -3,8 +3,8 @@
     python -m easyrl.train_ppo --mesh_dim=1,-1,1
     python -m easyrl.train_ppo --config=configs/X.yaml --output_dir=DIR --load_checkpoint_policy=hf::DIR ...
 
-The first is the bundled quickstart. One step of the loop is one batch of prompts: sample responses, score them once into
-a frozen rollout, then update policy and value model from it. docs/ppo.md gives the source of every implementation
+The first is the bundled quickstart. One step of the loop is one batch of prompts: sample responses, score them once
+into a frozen rollout, then update policy and value model from it. docs/ppo.md gives the source of every implementation
 detail, docs/metrics.md the formula of every metric.
 """
 
@@ -22,7 +22,7 @@ from easyrl import assets
 from easyrl.core.config import flag, run
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
-from easyrl.core.masking import add_metrics
+from easyrl.core.masking import Mean, add_metrics
 from easyrl.core.sharding import make_mesh, num_data_shards, put, replicated
 from easyrl.data.dataset import DatasetConfig
 from easyrl.data.messages import Message
@@ -30,11 +30,11 @@ from easyrl.data.packing import Plan, one_per_row, pack
 from easyrl.data.prompts import PromptBatch, PromptDataset
 from easyrl.data.templates import Template, load_template
 from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id
-from easyrl.hf.export import export_model
+from easyrl.hf.export import check_replaceable, export_model
 from easyrl.hf.model_card import ModelCard
-from easyrl.hf.refs import load_model
+from easyrl.hf.refs import FoundModel, find_model, load_weights
 from easyrl.models.families import param_specs
-from easyrl.rewards.models import load_reward_models
+from easyrl.rewards.models import RewardModel, find_reward_models, load_reward_model
 from easyrl.rewards.responses import reward_batch, sample_rows
 from easyrl.rewards.score import Scored, score_responses
 from easyrl.rewards.shaping import RewardConfig, RunningMoments, parse_weights
@@ -62,7 +62,7 @@ class Config(PPOConfig, RewardConfig):
     Without --config and --load_checkpoint_policy this runs the bundled quickstart.
     """
 
-    seed: int = flag(42, "Seed of everything random.")
+    seed: int = flag(42, "Seed of everything random.", least=0, most=2**32 - 1)
     mesh_dim: str = flag("1,-1,1", "Sizes of the mesh axes dp,fsdp,mp; also dp:1,fsdp:-1,mp:1. -1: what is left, once.")
     dtype: str = flag("bf16", "Format of activations and of frozen models.", choices=tuple(DTYPES))
     param_dtype: str = flag("fp32", "Format of the weights in training.", choices=tuple(DTYPES))
@@ -92,48 +92,53 @@ class Config(PPOConfig, RewardConfig):
 
     train_dataset: DatasetConfig = flag(DatasetConfig(), "Prompts; batch_size of them are one step.")
     eval_dataset: DatasetConfig = flag(DatasetConfig(), "Held-out prompts. Empty path: no evaluation.")
-    eval_freq: int = flag(0, "Evaluate every this many steps, besides at start and end. 0: only then.")
+    eval_freq: int = flag(0, "Evaluate every this many steps, besides at start and end. 0: only then.", least=0)
 
-    max_continuation_len: int = flag(16, "Tokens a response may have.")
-    min_continuation_len: int = flag(0, "Tokens before which a response may not end.")
-    top_k: int = flag(0, "Sample from the k likeliest tokens. 0: from all.")
-    top_p: float = flag(1.0, "Sample from the likeliest tokens that hold this probability together.")
-    rollouts_per_prompt: int = flag(1, "Responses to each prompt.")
+    max_continuation_len: int = flag(16, "Tokens a response may have.", least=1)
+    min_continuation_len: int = flag(0, "Tokens before which a response may not end.", least=0)
+    top_k: int = flag(0, "Sample from the k likeliest tokens. 0: from all.", least=0)
+    top_p: float = flag(1.0, "Sample from the likeliest tokens that hold this probability together.", above=0, most=1)
+    rollouts_per_prompt: int = flag(1, "Responses to each prompt.", least=1)
     generate_only: bool = flag(False, "Sample and score, but update nothing.")
 
-    num_epochs: int = flag(1, "Passes over the prompts.")
-    max_steps_per_epoch: int = flag(0, "Steps after which an epoch is cut short. 0: none.")
-    ppo_epochs: int = flag(4, "Passes over each batch of rollouts.")
-    mini_batch_size: int = flag(1, "Responses in one optimizer step; divides batch_size x rollouts_per_prompt.")
-    micro_batch_size: int = flag(
-        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp. 0: dp x fsdp."
+    num_epochs: int = flag(1, "Passes over the prompts.", least=1)
+    max_steps_per_epoch: int = flag(0, "Steps after which an epoch is cut short. 0: none.", least=0)
+    ppo_epochs: int = flag(4, "Passes over each batch of rollouts.", least=1)
+    mini_batch_size: int = flag(
+        1, "Responses in one optimizer step; divides batch_size x rollouts_per_prompt.", least=1
     )
-    lr: float = flag(1e-5, "Peak learning rate of the policy.")
-    value_lr: float = flag(0.0, "Peak learning rate of the value model. 0: --lr.")
+    micro_batch_size: int = flag(
+        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp. 0: dp x fsdp.",
+        least=0,
+    )  # fmt: skip
+    lr: float = flag(1e-5, "Peak learning rate of the policy.", least=0)
+    value_lr: float = flag(0.0, "Peak learning rate of the value model. 0: --lr.", least=0)
     lr_schedule: str = flag("constant", "After the warm-up.", choices=("constant", "linear", "cosine"))
-    warmup_epochs: float = flag(0.0, "Epochs, or a part of one, over which the learning rate rises from 0.")
-    policy_freeze_epochs: float = flag(0.0, "Epochs, or a part of one, in which only the value model learns.")
+    warmup_epochs: float = flag(0.0, "Epochs, or a part of one, over which the learning rate rises from 0.", least=0)
+    policy_freeze_epochs: float = flag(0.0, "Epochs, or a part of one, in which only the value model learns.", least=0)
     optimizer: OptimizerConfig = flag(OptimizerConfig(), "AdamW, for both models.")
 
-    log_freq: int = flag(1, "Log to wandb and tensorboard every this many steps.")
-    logged_samples: int = flag(2, "Responses of every step, and 4 times as many of an evaluation, in samples.jsonl.")
-    save_model_freq: int = flag(0, "Export the policy every this many steps, to hf-<step>. 0: only at the end.")
-    logger: LoggerConfig = flag(LoggerConfig(), "Trackers.")
+    log_freq: int = flag(1, "Log to wandb and tensorboard every this many steps.", least=1)
+    logged_samples: int = flag(
+        2, "Responses of every step, and 4 times as many of an evaluation, in samples.jsonl.", least=0
+    )
+    save_model_freq: int = flag(
+        0, "Export the policy every this many steps, to hf-<step>. 0: only at the end.", least=0
+    )
+    logger: LoggerConfig = flag(LoggerConfig(), "Weights & Biases and TensorBoard.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least = {
-            "max_continuation_len": 1, "rollouts_per_prompt": 1, "num_epochs": 1, "ppo_epochs": 1, "mini_batch_size": 1,
-            "micro_batch_size": 0, "eval_freq": 0, "save_model_freq": 0, "max_steps_per_epoch": 0, "logged_samples": 0,
-            "lr": 0, "value_lr": 0, "warmup_epochs": 0, "policy_freeze_epochs": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name}={getattr(self, name)}: expected {least} or more")
+        PPOConfig.__post_init__(self)
+        RewardConfig.__post_init__(self)
+        if self.min_continuation_len > self.max_continuation_len:
+            raise UserError(
+                f"--min_continuation_len={self.min_continuation_len}: "
+                f"expected at most --max_continuation_len={self.max_continuation_len}"
+            )
         if self.num_responses % self.mini_batch_size:
             raise UserError(
-                f"--mini_batch_size={self.mini_batch_size}: does not divide the {self.num_responses} responses of a step "
-                "(train_dataset.batch_size x rollouts_per_prompt)"
+                f"--mini_batch_size={self.mini_batch_size}: does not divide the {self.num_responses} responses of a "
+                "step (train_dataset.batch_size x rollouts_per_prompt)"
             )
 
     @property
@@ -156,55 +161,67 @@ def main(config: Config) -> None:
         if size % shards:
             raise UserError(f"--{name}={size}: does not divide by dp x fsdp = {shards} of --mesh_dim={config.mesh_dim}")
     whole = replicated(mesh)
-    run_dir = make_run_dir(config.output_dir, "train_ppo", config)
 
-    # ------------------------------------------------------------ models
+    # ------------------------------------------------------------ what there is: everything but the weights
     dtype, param_dtype = DTYPES[config.dtype], DTYPES[config.param_dtype]
-    compute = {"dtype": dtype, "remat": config.remat}
     max_length = config.train_dataset.seq_length + config.max_continuation_len
 
-    def load(ref: str, name: str, head: str, stored: str, new_head: str | None = None):
+    def find(ref: str, name: str) -> FoundModel:
         name = f"--load_checkpoint_{name}"
-        model = load_model(
-            ref, mesh, head=head, dtype=stored, seed=config.seed, new_head=new_head, compute=compute, flag=name
-        )
-        if model.cfg.max_positions < max_length:
+        found = find_model(ref, compute={"dtype": dtype, "remat": config.remat}, flag=name)
+        if found.cfg.max_positions < max_length:
             raise UserError(
-                f"{name}={ref}: reads up to {model.cfg.max_positions} tokens, --train_dataset.seq_length + "
+                f"{name}={ref}: reads up to {found.cfg.max_positions} tokens, --train_dataset.seq_length + "
                 f"--max_continuation_len is {max_length}"
             )
-        return model
+        return found
 
-    policy = load(config.load_checkpoint_policy, "policy", "lm", param_dtype)
+    policy = find(config.load_checkpoint_policy, "policy")
     tokenizer = load_tokenizer(config.tokenizer or str(policy.directory or ""))
     check_vocabulary(tokenizer, policy.cfg.vocab_size)
     template = load_template(config.template, tokenizer)
     tokenizer.chat_template = template.jinja  # the export carries the format the policy was trained with
+    stop_ids = parse_ids(config.stop_ids, policy.cfg.vocab_size)
+    stop_ids = stop_ids or tuple(dict.fromkeys((*policy.stop_ids, *template.stop_ids)))
     reference_ref = config.load_checkpoint_reference or config.load_checkpoint_policy
-    reference = load(reference_ref, "reference", "lm", dtype)
+    reference = find(reference_ref, "reference")
     if reference.cfg.vocab_size != policy.cfg.vocab_size:
         raise UserError(
             f"--load_checkpoint_reference={reference_ref}: has a vocabulary of {reference.cfg.vocab_size}, "
             f"the policy one of {policy.cfg.vocab_size}"
         )
-    reward_models = load_reward_models(
-        config.load_checkpoint_reward, config.reward_template, template, mesh,
-        dtype=dtype, max_length=max_length, batch_size=config.num_responses, rows=rows,
-    )  # fmt: skip
-    value = load(value_start(config, reward_models.first_shares_tokenizer), "value", "value", param_dtype, "zeros")
+    reward_models = find_reward_models(
+        config.load_checkpoint_reward, config.reward_template, template, dtype=dtype, max_length=max_length
+    )
+    functions = function_sources(config.reward_function)
+    weights = parse_weights(config, len(reward_models), len(functions))
+    value = find(value_start(config, reward_models), "value")
     check_vocabulary(tokenizer, value.cfg.vocab_size, "--load_checkpoint_value")
-    stop_ids = parse_ids(config.stop_ids) or tuple(dict.fromkeys((*policy.stop_ids, *template.stop_ids)))
 
-    # ------------------------------------------------------------ prompts, rewards
     prompts = PromptDataset(config.train_dataset, template, config.seed)
     print(prompts.dataset.summary(), flush=True)
     held_out = None
     if config.eval_dataset.path:
         like_train = dataclasses.replace(config.eval_dataset, seq_length=config.train_dataset.seq_length)
         held_out = PromptDataset(like_train, template, config.seed, name="eval_dataset", keep_last=True)
-    functions = function_sources(config.reward_function)
-    sources = [*reward_models.sources, *functions]
-    weights = parse_weights(config, len(reward_models.sources), len(functions))
+    for function in functions:
+        function.check(prompts.batch(0).columns)
+
+    run_dir = make_run_dir(config.output_dir, "train_ppo")
+    for folder in (run_dir.hf, run_dir.path / "hf_value"):
+        check_replaceable(folder)
+
+    # ------------------------------------------------------------ weights
+    policy_params = load_weights(policy, mesh, head="lm", dtype=param_dtype, seed=config.seed)
+    ref_params = load_weights(reference, mesh, head="lm", dtype=dtype, seed=config.seed)
+    value_params = load_weights(value, mesh, head="value", dtype=param_dtype, seed=config.seed, new_head="zeros")
+    sources = [
+        *(
+            load_reward_model(model, mesh, dtype=dtype, seed=number, batch_size=config.num_responses, rows=rows)
+            for number, model in enumerate(reward_models)
+        ),
+        *functions,
+    ]
 
     # ------------------------------------------------------------ schedule
     steps_per_epoch = min(prompts.steps_per_epoch, config.max_steps_per_epoch or prompts.steps_per_epoch)
@@ -237,12 +254,11 @@ def main(config: Config) -> None:
         for train_policy in (True, False)
     )  # fmt: skip
     state = PPOState(
-        create_train_state(policy.params, param_specs(policy.cfg, "lm"), policy_optimizer, mesh),
-        create_train_state(value.params, param_specs(value.cfg, "value"), value_optimizer, mesh),
+        create_train_state(policy_params, param_specs(policy.cfg, "lm"), policy_optimizer, mesh),
+        create_train_state(value_params, param_specs(value.cfg, "value"), value_optimizer, mesh),
         put(np.float32(config.kl_coef), whole),
     )
-    ref_params, policy_cfg, value_cfg = reference.params, policy.cfg, value.cfg
-    del policy, value, reference  # their weights live in the state now, which is donated from update to update
+    del policy_params, value_params  # they live in the state now, which is donated from update to update
 
     # ------------------------------------------------------------ one step
     moments, checked = RunningMoments(), False
@@ -278,14 +294,16 @@ def main(config: Config) -> None:
             rollout, kl_coef, rollout_metrics = finish(tokens, learnt, passes, rewards, state.kl_coef)
 
         if not checked:
-            again = forward(*models, tokens, mask, place(one_per_row(sampled.lengths, max_length), num_samples))
+            again = forward(
+                *models, tokens, mask, place(one_per_row(sampled.lengths, max_length, max_length), num_samples)
+            )
             same_start = step == 0 and reference_ref == config.load_checkpoint_policy
             self_check(sampled, rollout, passes, again, same_start=same_start, dtype=dtype, stop_ids=stop_ids)
             checked = True
 
         with timer.phase("update"):
             update = update_value if step < frozen_steps else update_both
-            stopped, update_metrics = put(np.zeros((), bool), whole), {}
+            stopped, update_metrics = put(np.zeros((), bool), whole), dict[str, Mean]()
             epochs = 0 if config.generate_only else config.ppo_epochs
             for chosen in minibatches(num_samples, config.mini_batch_size, epochs, (config.seed, step)):
                 minibatch = place(pack(sampled.lengths_of(chosen), max_length, max_length), config.mini_batch_size)
@@ -326,6 +344,7 @@ def main(config: Config) -> None:
         }
 
     # ------------------------------------------------------------ the loop
+    run_dir.save_config(config)
     trackers = start_trackers(config.logger, run_dir, config)
 
     def log_samples(step: int, phase: str, responses: RewardBatch, scored: Scored, count: int) -> None:
@@ -335,7 +354,7 @@ def main(config: Config) -> None:
     def export(info: StepInfo, policy_folder: Path) -> None:
         card = model_card(config, info.metrics, template)
         export_model(
-            policy_folder, policy_cfg, info.state.policy.params, "lm",
+            policy_folder, policy.cfg, info.state.policy.params, "lm",
             tokenizer=tokenizer, generation_config=generation(config, stop_ids, tokenizer),
             model_card=card,
         )  # fmt: skip
@@ -343,7 +362,7 @@ def main(config: Config) -> None:
     def finish_run(info: StepInfo) -> None:
         export(info, run_dir.hf)
         export_model(
-            run_dir.path / "hf_value", value_cfg, info.state.value.params, "value",
+            run_dir.path / "hf_value", value.cfg, info.state.value.params, "value",
             tokenizer=tokenizer,
             model_card=dataclasses.replace(model_card(config, info.metrics, template), title="Value model"),
         )  # fmt: skip
@@ -387,7 +406,7 @@ def main(config: Config) -> None:
 
 def quickstart(config: Config) -> Config:
     """`config` with the bundled models and prompts where it names none."""
-    bundled = {
+    bundled: dict[str, Any] = {
         "load_checkpoint_policy": f"hf::{assets.POLICY}",
         "load_checkpoint_reward": config.load_checkpoint_reward
         or ("" if config.reward_function else f"hf::{assets.REWARD_MODEL}"),
@@ -401,21 +420,26 @@ def quickstart(config: Config) -> Config:
     return dataclasses.replace(config, **bundled)
 
 
-def value_start(config: Config, reward_shares_tokenizer: bool) -> str:
+def value_start(config: Config, reward_models: list[RewardModel]) -> str:
     """The reference that the value model starts from."""
+    shares_tokenizer = bool(reward_models) and reward_models[0].shares_tokenizer
+    named = config.load_checkpoint_value or ("reward" if shares_tokenizer else "policy")
+    if named == "reward" and not shares_tokenizer:
+        found = "does not read the policy's tokens" if reward_models else "is empty"
+        raise UserError(f"--load_checkpoint_value=reward: --load_checkpoint_reward {found}, expected policy or a model")
     reward = config.load_checkpoint_reward.split(",")[0].strip()
-    named = config.load_checkpoint_value or ("reward" if reward_shares_tokenizer else "policy")
-    if named == "reward" and not reward:
-        raise UserError("--load_checkpoint_value=reward: --load_checkpoint_reward is empty")
     return {"reward": reward, "policy": config.load_checkpoint_policy}.get(named, named)
 
 
-def parse_ids(text: str) -> tuple[int, ...]:
+def parse_ids(text: str, vocab_size: int) -> tuple[int, ...]:
     """The ids in --stop_ids."""
     try:
-        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
+        ids = tuple(int(part) for part in text.split(",")) if text.strip() else ()
     except ValueError:
         raise UserError(f"--stop_ids={text}: expected token ids separated by commas") from None
+    if not all(0 <= token < vocab_size for token in ids):
+        raise UserError(f"--stop_ids={text}: expected ids from 0 to {vocab_size - 1}, the policy's vocabulary")
+    return ids
 
 
 def generation(config: Config, stop_ids: tuple[int, ...], tokenizer) -> dict[str, Any]:

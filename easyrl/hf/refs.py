@@ -46,17 +46,23 @@ class Ref(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to use.
+class FoundModel:
+    """All that is known of a model before a weight is read.
 
     `directory` holds its tokenizer (None: it has none); `stop_ids` are the ids that it is known to end a text with (()
     when nothing says).
     """
 
     cfg: ModelConfig
-    params: dict
     directory: Path | None
     stop_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel(FoundModel):
+    """A model ready to use."""
+
+    params: dict
 
 
 def parse_ref(text: str, flag: str = "--load_checkpoint") -> Ref:
@@ -65,6 +71,36 @@ def parse_ref(text: str, flag: str = "--load_checkpoint") -> Ref:
     if not separator or kind not in KINDS or not target:
         raise UserError(f"{flag}={text}: expected hf::DIR_OR_HUB_ID, easyrl::DIR or random::PRESET_OR_CONFIG_JSON")
     return Ref(kind, target)
+
+
+def find_model(ref: str, *, compute: Mapping[str, Any] | None = None, flag: str = "--load_checkpoint") -> FoundModel:
+    """The model that `ref` names, without its weights.
+
+    `compute` replaces the fields of the configuration that say how to compute and not what (dtype, remat, attention).
+    Raises UserError naming `flag` or the file at fault.
+    """
+    kind, target = parse_ref(ref, flag)
+    if kind == "easyrl":
+        raise UserError(f"{flag}={ref}: reading a run's own checkpoints is not possible yet, expected hf:: or random::")
+    if kind == "random":
+        found = FoundModel(_random_config(target, flag), None, ())
+    else:
+        directory = find_folder(target, flag)
+        found = FoundModel(read_config(directory), directory, read_stop_ids(directory))
+    return dataclasses.replace(found, cfg=dataclasses.replace(found.cfg, **(compute or {})))
+
+
+def load_weights(
+    found: FoundModel, mesh: Mesh, *, head: str, dtype="float32", seed: int = 0, new_head: str | None = None
+) -> dict:
+    """The parameters of a model with the head `lm`, `reward` or `value`, in `dtype`, sharded on `mesh`.
+
+    `new_head` (`zeros` or `normal`) says how to start a scalar head that the checkpoint lacks. Everything random comes
+    from `seed`. Raises UserError naming the file at fault, or --mesh_dim for a parameter that it does not divide.
+    """
+    if found.directory is None:
+        return init_params(param_specs(found.cfg, head), jax.random.key(seed), dtype, mesh)
+    return load_params(found.directory, found.cfg, head, mesh, dtype, new_head=new_head, seed=seed)
 
 
 def load_model(
@@ -78,24 +114,10 @@ def load_model(
     compute: Mapping[str, Any] | None = None,
     flag: str = "--load_checkpoint",
 ) -> LoadedModel:
-    """The model that `ref` names, with the head `lm`, `reward` or `value`: parameters in `dtype`, sharded on `mesh`.
-
-    `new_head` (`zeros` or `normal`) says how to start a scalar head that the checkpoint lacks; `compute` replaces the
-    fields of the configuration that say how to compute and not what (dtype, remat, attention). Everything random comes
-    from `seed`. Raises UserError naming `flag` or the file at fault.
-    """
-    compute = dict(compute or {})
-    kind, target = parse_ref(ref, flag)
-    if kind == "random":
-        cfg = dataclasses.replace(_random_config(target, flag), **compute)
-        params = init_params(param_specs(cfg, head), jax.random.key(seed), dtype, mesh)
-        return LoadedModel(cfg, params, None, ())
-    if kind == "easyrl":
-        raise UserError(f"{flag}={ref}: reading a run's own checkpoints is not possible yet, expected hf:: or random::")
-    directory = find_folder(target, flag)
-    cfg = dataclasses.replace(read_config(directory), **compute)
-    params = load_params(directory, cfg, head, mesh, dtype, new_head=new_head, seed=seed)
-    return LoadedModel(cfg, params, directory, read_stop_ids(directory))
+    """`find_model` and `load_weights` in one."""
+    found = find_model(ref, compute=compute, flag=flag)
+    params = load_weights(found, mesh, head=head, dtype=dtype, seed=seed, new_head=new_head)
+    return LoadedModel(**vars(found), params=params)
 
 
 def find_folder(target: str, flag: str = "--load_checkpoint") -> Path:

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,14 @@ class RewardBatch:
 
 @dataclass(frozen=True)
 class Source:
-    """`score(batch)` gives one number a response, float64 [B], and metrics of its own. `name` stands in metrics."""
+    """`score(batch)` gives one number a response, float64 [B], and metrics of its own. `name` stands in metrics.
+
+    `check(columns)` raises UserError when data with these other columns lack one that the source needs.
+    """
 
     name: str
     score: Callable[[RewardBatch], tuple[np.ndarray, dict[str, float]]]
+    check: Callable[[Collection[str]], None] = lambda columns: None
 
 
 def model_source(name: str, score_tokens: ScoreTokens) -> Source:
@@ -99,18 +103,32 @@ def function_source(spec: str) -> Source:
     """
     function = _load(spec)
     name = spec.rpartition(":")[2]
+    parameters = list(inspect.signature(function).parameters.values())
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    named = [p for p in parameters[2:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    needed = [parameter.name for parameter in named if parameter.default is parameter.empty]
+
+    def check(columns: Collection[str]) -> None:
+        found = (*columns, "messages")
+        for column in needed:
+            if column not in found:
+                raise UserError(
+                    f"--reward_function={spec} needs the column {column!r}, the data have {', '.join(found)}"
+                )
 
     def score(batch: RewardBatch) -> tuple[np.ndarray, dict[str, float]]:
-        columns = {key: list(values) for key, values in batch.columns.items()}
+        check(batch.columns)
+        columns: dict[str, Any] = {key: list(values) for key, values in batch.columns.items()}
         columns["messages"] = [as_dicts(messages) for messages in batch.messages]
-        columns = _wanted(function, columns, spec)
+        if not takes_all:
+            columns = {parameter.name: columns[parameter.name] for parameter in named if parameter.name in columns}
         try:
             scores = function(list(batch.prompts), list(batch.responses), **columns)
         except Exception as error:
             raise UserError(f"--reward_function={spec} raised {type(error).__name__}: {error}") from error
         return _checked(scores, len(batch), f"--reward_function={spec}"), {}
 
-    return Source(name, score)
+    return Source(name, score, check)
 
 
 def function_sources(specs: str) -> list[Source]:
@@ -141,21 +159,6 @@ def _load(spec: str) -> Callable:
     except ValueError as error:
         raise UserError(f"{where}: its arguments cannot be inspected, expected a Python function") from error
     return function
-
-
-def _wanted(function: Callable, columns: dict[str, Any], spec: str) -> dict[str, Any]:
-    """The columns that `function` takes. Raises UserError naming one that it needs and the data have not got."""
-    parameters = list(inspect.signature(function).parameters.values())
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        taken = columns
-    else:
-        taken = {key: columns[key] for parameter in parameters[2:] if (key := parameter.name) in columns}
-    for parameter in parameters[2:]:
-        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        if not variadic and parameter.default is parameter.empty and parameter.name not in columns:
-            found = ", ".join(columns)
-            raise UserError(f"--reward_function={spec} needs the column {parameter.name!r}, the data have {found}")
-    return taken
 
 
 def _checked(scores: Any, size: int, who: str) -> np.ndarray:

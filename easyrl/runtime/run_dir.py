@@ -1,6 +1,8 @@
 """Where a run writes."""
 
 import datetime
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,13 +47,18 @@ class RunDir:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    def save_config(self, config: Any) -> None:
+        """Writes the resolved `config` on process 0: the first thing that a run does once nothing is wrong with it."""
+        if jax.process_index() == 0:
+            save_yaml(config, self.config)
 
-def make_run_dir(output_dir: str, script: str, config: Any) -> RunDir:
-    """Creates the folder of a run and writes the resolved `config` into it.
 
-    `output_dir` empty: `runs/<script>-<date>-<time>` under the working directory. Process 0 creates and writes; the
-    other processes only learn the place. Raises UserError naming --output_dir when it is not a local folder that can
-    be written to, or is empty with several processes (their clocks would give different names).
+def make_run_dir(output_dir: str, script: str) -> RunDir:
+    """Creates the folder of a run and writes nothing: a run that turns out not to start leaves an earlier one alone.
+
+    `output_dir` empty: `runs/<script>-<date>-<time>` under the working directory. Process 0 creates; the other
+    processes only learn the place. Raises UserError naming --output_dir when it is not a local folder that can be
+    written to, or is empty with several processes (their clocks would give different names).
     """
     if "://" in output_dir:
         raise UserError(f"--output_dir={output_dir}: expected a local folder, found the address of a store")
@@ -63,9 +70,10 @@ def make_run_dir(output_dir: str, script: str, config: Any) -> RunDir:
     if jax.process_index() == 0:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
-            save_yaml(config, run.config)
         except FileExistsError:
             raise UserError(f"--output_dir={output_dir}: expected a folder, found a file of that name") from None
         except OSError as error:
             raise UserError(f"--output_dir={output_dir}: cannot write there: {error.strerror}") from error
+        if not os.access(run.path, os.W_OK | os.X_OK):
+            raise UserError(f"--output_dir={output_dir}: cannot write there: {os.strerror(errno.EACCES)}")
     return run

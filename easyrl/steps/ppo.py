@@ -5,7 +5,8 @@
     update    one optimizer step on a minibatch of the `Rollout`
 
 Index convention, everywhere: `x[b, t]` belongs to the action that emits `tokens[b, t + 1]`. So `logprobs[b, t]` scores
-that token, `values[b, t]` is the value of the text up to token t, and `mask[b, t]` is True where it is a response token.
+that token, `values[b, t]` is the value of the text up to token t, and `mask[b, t]` is True where that token is part of
+a response.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from easyrl.algos import advantages as adv
 from easyrl.algos.kl import adaptive_kl_coef, kl_estimate
 from easyrl.algos.ppo import entropy_bonus, policy_loss, value_loss
 from easyrl.core.config import flag
+from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean, constant_mean, masked_sum, mean_of
 from easyrl.core.sharding import Shard, replicated
 from easyrl.models.families import ModelConfig, param_specs
@@ -39,32 +41,38 @@ Array = jax.Array
 class PPOConfig:
     """The algorithm's own numbers. Inherited by the script's config, so the flags carry EasyLM's plain names."""
 
-    temperature: float = flag(0.7, "Sampling temperature of the rollouts.")
+    temperature: float = flag(0.7, "Sampling temperature of the rollouts.", above=0)
     logprob_space: str = flag(
         "sampling",
         "Distribution whose log-probs enter ratio and KL: after the temperature, or the model's own at temperature 1.",
         choices=("sampling", "model"),
     )
-    kl_coef: float = flag(0.05, "Weight of the KL penalty; the starting weight when --kl_target is set.")
+    kl_coef: float = flag(0.05, "Weight of the KL penalty; the starting weight when --kl_target is set.", least=0)
     kl_estimator: str = flag("k1", "Per-token KL estimator of the penalty.", choices=("k1", "k2", "k3"))
     kl_in: str = flag("reward", "Where the KL penalty goes.", choices=("reward", "loss"))
     kl_target: float = flag(
-        0.0, "Sequence KL, in nats, that the adaptive controller aims for. 0: --kl_coef stays fixed."
+        0.0, "Sequence KL, in nats, that the adaptive controller aims for. 0: --kl_coef stays fixed.", least=0
     )
-    kl_horizon: float = flag(10000.0, "Samples over which the adaptive controller acts.")
-    gamma: float = flag(1.0, "Discount per token.")
-    lam: float = flag(0.95, "Lambda of generalised advantage estimation.")
-    cliprange: float = flag(0.2, "The ratio is clipped to [1 - cliprange, 1 + cliprange].")
-    cliprange_high: float = flag(0.0, "Upper clip when it differs from the lower (clip-higher). 0: --cliprange.")
+    kl_horizon: float = flag(10000.0, "Samples over which the adaptive controller acts.", above=0)
+    gamma: float = flag(1.0, "Discount per token.", least=0, most=1)
+    lam: float = flag(0.95, "Lambda of generalised advantage estimation.", least=0, most=1)
+    cliprange: float = flag(0.2, "The ratio is clipped to [1 - cliprange, 1 + cliprange].", above=0, most=1)
+    cliprange_high: float = flag(
+        0.0, "Upper clip when it differs from the lower (clip-higher). 0: --cliprange.", least=0
+    )
     dual_clip: float = flag(0.0, "Bound on the ratio for negative advantages (Ye et al. 2020), above 1. 0: off.")
-    cliprange_value: float = flag(0.2, "Values are clipped to old value +- cliprange_value.")
-    vf_coef: float = flag(0.1, "Weight of the value loss.")
+    cliprange_value: float = flag(0.2, "Values are clipped to old value +- cliprange_value.", above=0)
+    vf_coef: float = flag(0.1, "Weight of the value loss.", least=0)
     entropy_coef: float = flag(0.0, "Weight of the entropy bonus.")
     whiten_rewards: bool = flag(False, "Scale the token rewards to unit variance (their mean is kept).")
     whiten_advantages: bool = flag(True, "Whiten the advantages once over the whole batch of rollouts.")
     target_kl: float = flag(
-        0.0, "Stop updating on a batch once its approximate KL from the sampler exceeds this. 0: never."
+        0.0, "Stop updating on a batch once its approximate KL from the sampler exceeds this. 0: never.", least=0
     )
+
+    def __post_init__(self) -> None:
+        if self.dual_clip != 0 and not self.dual_clip > 1:
+            raise UserError(f"--dual_clip={self.dual_clip:g}: expected 0 (off) or more than 1")
 
     @property
     def logprob_temperature(self) -> float:

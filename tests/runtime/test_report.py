@@ -47,7 +47,9 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def run(tmp_path):
-    return make_run_dir(str(tmp_path / "run"), "train_ppo", Config())
+    run = make_run_dir(str(tmp_path / "run"), "train_ppo")
+    run.save_config(Config())
+    return run
 
 
 def fill(run):

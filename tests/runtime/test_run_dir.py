@@ -18,25 +18,27 @@ class Config:
 
 def test_the_default_name_says_script_and_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = make_run_dir("", "train_ppo", Config())
+    run = make_run_dir("", "train_ppo")
     assert re.fullmatch(r"runs/train_ppo-\d{8}-\d{6}", str(run.path))
     assert run.path.is_dir()
 
 
 def test_the_config_written_repeats_the_run(tmp_path):
     config = Config(lr=0.1 + 0.2)
-    run = make_run_dir(str(tmp_path / "a" / "b"), "train_ppo", config)
+    run = make_run_dir(str(tmp_path / "a" / "b"), "train_ppo")
+    assert not run.config.exists()
+    run.save_config(config)
     assert load_config(Config, [f"--config={run.config}"]) == config
 
 
 def test_a_folder_that_exists_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("old")
-    run = make_run_dir(str(tmp_path), "train_ppo", Config())
+    run = make_run_dir(str(tmp_path), "train_ppo")
     assert run.metrics.read_text() == "old"
 
 
 def test_the_places_in_a_run(tmp_path):
-    run = make_run_dir(str(tmp_path), "train_ppo", Config())
+    run = make_run_dir(str(tmp_path), "train_ppo")
     places = (run.config, run.metrics, run.samples, run.checkpoints, run.hf, run.report)
     names = ["config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "hf", "report.html"]
     assert [place.relative_to(tmp_path) for place in places] == [Path(name) for name in names]
@@ -53,14 +55,21 @@ def wrong_dirs(tmp_path):
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     for place, message in wrong_dirs(tmp_path):
         with pytest.raises(UserError, match=re.escape(f"--output_dir={place}: {message}")):
-            make_run_dir(place, "train_ppo", Config())
+            make_run_dir(place, "train_ppo")
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_folder_that_may_only_be_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match=f"--output_dir={tmp_path}: cannot write there: Permission denied"):
+        make_run_dir(str(tmp_path), "train_ppo")
 
 
 def test_other_processes_write_nothing_and_need_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    run = make_run_dir(str(tmp_path / "run"), "train_ppo", Config())
+    run = make_run_dir(str(tmp_path / "run"), "train_ppo")
+    run.save_config(Config())
     assert run.path == tmp_path / "run" and not run.path.exists()
     with pytest.raises(UserError, match="--output_dir is empty"):
-        make_run_dir("", "train_ppo", Config())
+        make_run_dir("", "train_ppo")

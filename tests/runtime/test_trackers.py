@@ -20,7 +20,7 @@ class Config:
 
 @pytest.fixture
 def run(tmp_path):
-    return make_run_dir(str(tmp_path / "run"), "train_ppo", Config())
+    return make_run_dir(str(tmp_path / "run"), "train_ppo")
 
 
 SAMPLES = [{"prompt": "Say hi", "response": "hi", "reward": 1.0}, {"prompt": "Say ho", "response": "", "reward": -1.0}]
