@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# On two cores, two processes that each keep to their own core are the quickest.
+# One process a core: the tests are too small to keep a second core busy by themselves.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 
 .DEFAULT_GOAL := help
@@ -27,6 +27,11 @@ $(READY): pyproject.toml
 
 demo: $(READY) ## train the bundled tiny model with PPO, in minutes on two CPU cores
 	$(BIN)/python -m easyrl.train_ppo --mesh_dim=1,-1,1
+
+# Compiled programs are kept, which halves the work of every run but the first.
+test test-slow: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/build/jax_cache
+test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+test test-slow: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
 
 test: $(READY) ## run the tests, except slow and hardware ones
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
