@@ -23,7 +23,6 @@ from easyrl.data.templates import Template
 from easyrl.data.tokenizer import fingerprint
 from easyrl.data.workers import encode_rows
 
-LEAST = {"seq_length": 1, "batch_size": 1, "num_workers": 0, "max_prompt_length": 0, "row_length": 0, "batch_rows": 0}
 WORTH_PROCESSES = 32_000_000  # bytes of text: below, starting processes takes longer than they save
 
 
@@ -40,15 +39,15 @@ class DatasetConfig:
         "", "Part of the data: a split's name, a slice of rows, or both, as in train, [2048:] or test[:100]."
     )
     seq_length: int = flag(
-        1024, "Tokens that a sequence may have: a prompt with its answer, or a prompt alone for PPO."
+        1024, "Tokens that a sequence may have: a prompt with its answer, or a prompt alone for PPO.", least=1
     )
-    batch_size: int = flag(32, "Samples in one batch, over all devices. A pair is one sample.")
+    batch_size: int = flag(32, "Samples in one batch, over all devices. A pair is one sample.", least=1)
     shuffle: bool = flag(True, "Visit the rows in a new random order in every epoch.")
     remove_truncated_samples: bool = flag(
         False, "Leave out samples that would have to be cut, instead of cutting them."
     )
     skip_bad_rows: bool = flag(False, "Leave out and count rows that cannot be used, instead of stopping at the first.")
-    num_workers: int = flag(0, "Processes that tokenise; 0: one for each core if there is enough to do.")
+    num_workers: int = flag(0, "Processes that tokenise; 0: one for each core if there is enough to do.", least=0)
     cache_dir: str = flag("", "Folder for tokenised data; empty: $EASYRL_CACHE, or else ~/.cache/easyrl.")
 
     @property
@@ -62,16 +61,20 @@ class PackedDatasetConfig(DatasetConfig):
     """The same for answered prompts, which are packed."""
 
     max_prompt_length: int = flag(
-        0, "Tokens that the prompt of a sample may have; 0: as many as the answer leaves, at least half of seq_length."
+        0,
+        "Tokens that the prompt of a sample may have; 0: as many as the answer leaves, at least half of seq_length.",
+        least=0,
     )
     row_length: int = flag(
         0,
         "Tokens in a packed row, which holds a pair as a whole; 0: enough for the longest sample or for two of them, "
         "whichever leaves less padding.",
+        least=0,
     )
     batch_rows: int = flag(
         0,
         "Packed rows in one batch, which takes as many samples as fit in; 0: batch_size samples in any number of rows.",
+        least=0,
     )
 
     @property
@@ -100,7 +103,7 @@ class Dataset:
         return [store.sequence(index * self.per_sample + side) for side in range(self.per_sample)]
 
     def columns(self, index: int) -> dict[str, Any]:
-        """The other columns of the row that sample `index` was made from."""
+        """The columns of its row that sample `index` was not made from; of a prompt, {messages, columns}."""
         store, index = self._find(index)
         return store.columns(index)
 
@@ -123,9 +126,6 @@ def load_dataset(config: DatasetConfig, kind: str, template: Template, name: str
 
     Raises UserError, one line that names flag, file and row, for anything that cannot be used.
     """
-    for field, least in LEAST.items():
-        if (value := getattr(config, field, least)) < least:
-            raise UserError(f"--{name}.{field}={value}: expected {least} or more")
     if not config.path:
         raise UserError(f"--{name}.path: found nothing, expected a file, a folder or a hub id")
     try:
@@ -179,9 +179,8 @@ def _samples(source: Source, encoder: Encoder, report: DataReport, on_bad: OnBad
             report.rows += 1
             yield row
 
-    rows = tqdm(
-        counted(), desc=f"tokenising {Path(source.path).name}", unit=" rows", total=source.num_rows, disable=None
-    )
+    name = Path(source.path).name
+    rows = tqdm(counted(), f"tokenising {name}", source.num_rows(), unit=" rows", disable=None)
     if not processes:
         processes = (os.cpu_count() or 1) if source.num_bytes > WORTH_PROCESSES else 1
     yield from encode_rows(rows, encoder, on_bad, processes)

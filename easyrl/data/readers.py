@@ -8,6 +8,7 @@ UserError that names both. Only a .json list is held in memory as a whole.
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -54,11 +55,11 @@ def parse_split(text: str) -> Split:
 
 def parse_mixture(text: str) -> list[tuple[str, float | None]]:
     """Reads `a.jsonl:0.7,b.jsonl:0.3` into paths and weights that sum to 1, or None for each if no weight is given."""
-    items = [text] if Path(text).exists() else [item.strip() for item in text.split(",")]
+    items = [text] if os.path.exists(text) else [item.strip() for item in text.split(",")]
     paths, weights = [], []
     for item in items:
         head, colon, tail = item.rpartition(":")
-        weighted = bool(colon and re.fullmatch(r"[\d.]+(e-?\d+)?", tail)) and not Path(item).exists()
+        weighted = bool(colon and re.fullmatch(r"[\d.]+(e-?\d+)?", tail)) and not os.path.exists(item)
         paths.append(head if weighted else item)
         weights.append(_weight(item, tail) if weighted else None)
     if not all(paths):
@@ -96,9 +97,16 @@ class Source:
     path: str
     split: Split
     fingerprint: str  # changes whenever a byte of the data or the choice of rows does
-    num_rows: int | None  # None: not known before reading
     num_bytes: int  # of text, roughly
     _read: Callable[[OnBad], Iterator[Row]]
+    _count: Callable[[], int | None]
+
+    def num_rows(self) -> int | None:
+        """The number of rows, if there is a quick way to tell."""
+        total = self._count()
+        if total is None:
+            return None
+        return max(0, min(total, total if self.split.stop is None else self.split.stop) - self.split.start)
 
     def rows(self, on_bad: OnBad = refuse) -> Iterator[Row]:
         """The rows of the split in file order. A row that cannot be decoded goes to `on_bad`, which may raise it.
@@ -115,13 +123,13 @@ class Source:
 def open_source(path: str, part: Split = WHOLE) -> Source:
     """Opens one path of a mixture. Raises UserError when there is nothing to read there."""
     local = Path(path).expanduser()
-    if local.is_file():
+    if os.path.isfile(local):
         if part.name:
             raise UserError(
                 f"{path}: no split {part.name!r}, a file has none; expected a slice of its rows, as in [:100]"
             )
         return _open_files(path, [local], part)
-    if local.is_dir():
+    if os.path.isdir(local):
         if any((local / name).exists() for name in ("state.json", "dataset_dict.json")):
             return _open_saved(path, local, part)
         return _open_files(path, _files_in(path, local, part.name), part)
@@ -132,7 +140,8 @@ def open_source(path: str, part: Split = WHOLE) -> Source:
 
 
 def _files_in(path: str, folder: Path, name: str) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.name.endswith(SUFFIXES) and not file.name.startswith("."))
+    entries = (entry for entry in folder.rglob("*") if entry.name.endswith(SUFFIXES) and entry.name[0] != ".")
+    files = sorted(entry for entry in entries if entry.is_file())
     if not files:
         raise UserError(f"{path}: found no data file in this folder, expected one of {', '.join(SUFFIXES)}")
     if not name:
@@ -151,16 +160,26 @@ def _open_files(path: str, files: list[Path], part: Split) -> Source:
             raise UserError(f"{file}: found a file of unknown kind, expected one of {', '.join(SUFFIXES)}")
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty")
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        try:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{file}: the file cannot be read ({error.strerror})") from None
 
     def read(on_bad: OnBad) -> Iterator[Row]:
         for file in files:
             yield from _read_parquet(file) if file.name.endswith(".parquet") else _read_json(file, on_bad)
 
     num_bytes = sum(file.stat().st_size * (1 if file.name.endswith((".json", ".jsonl")) else ZIPPED) for file in files)
-    return Source(path, part, digest.hexdigest(), None, num_bytes, read)
+    return Source(path, part, digest.hexdigest(), num_bytes, read, lambda: _count(files))
+
+
+def _count(files: list[Path]) -> int | None:
+    """The lines of JSON lines. Rows of other files are not worth a pass of their own."""
+    if not all(file.name.endswith((".jsonl", ".jsonl.gz")) for file in files):
+        return None
+    return sum(1 for file in files for _, line in _lines(file) if line.strip())
 
 
 def _read_json(file: Path, on_bad: OnBad) -> Iterator[Row]:
@@ -220,7 +239,12 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _loads(text: bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+        row = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+        if b"\\u" in text:
+            json.dumps(row, ensure_ascii=False).encode()
+        return row
+    except UnicodeEncodeError:
+        raise BadRow("found half of a surrogate pair, expected whole characters", "wrong encoding") from None
     except UnicodeDecodeError as error:
         found = f"byte 0x{text[error.start]:02x} at column {error.start + 1}"
         raise BadRow(f"found {found}, expected UTF-8 text", "wrong encoding") from None
@@ -296,7 +320,7 @@ def _open_table(path: str, table: Any, part: Split) -> Source:
         for number, row in enumerate(table, 1):
             yield Row(f"{path} row {number}", row)
 
-    return Source(path, part, f"{table._fingerprint}{part}", len(table), table.data.nbytes, read)
+    return Source(path, part, f"{table._fingerprint}{part}", table.data.nbytes, read, lambda: len(table))
 
 
 def _first_line(error: Exception) -> str:

@@ -39,6 +39,11 @@ BAD_ROWS = {
         "column 'prompt' is given twice, expected once",
     ),
     "wrong encoding": ("prompt", b'{"prompt": "\xfcber"}', "found byte 0xfc at column 13, expected UTF-8 text"),
+    "half a surrogate pair": (
+        "prompt",
+        '{"prompt": "\\ud83d"}',
+        "found half of a surrogate pair, expected whole characters",
+    ),
     "deep nesting": ("prompt", "[" * 100_000, "broken JSON (nested too deeply)"),
     # columns
     "no known column": (
@@ -307,6 +312,7 @@ def test_bad_places(tmp_path, template):
 
     assert found("") == "--train_dataset.path: found nothing, expected a file, a folder or a hub id"
     assert found("missing.jsonl") == "--train_dataset.path: missing.jsonl: no such file or folder"
+    assert found("x" * 5000 + ".jsonl").endswith("xxx.jsonl: no such file or folder")
     assert found("/no/such/folder") == "--train_dataset.path: /no/such/folder: no such file or folder"
     assert found("owner/missing").startswith(
         "--train_dataset.path: owner/missing: no such file or folder, and the hub gives no"
@@ -331,7 +337,10 @@ def test_bad_places(tmp_path, template):
 def test_bad_numbers(tmp_path, template):
     path = tmp_path / "a.jsonl"
     path.write_bytes(LINE)
-    assert complaint(path, "prompt", template, seq_length=0) == "--train_dataset.seq_length=0: expected 1 or more"
+    found = complaint(path, "prompt", template, seq_length=3)
+    assert found.startswith(
+        "--train_dataset.seq_length=3, max_prompt_length=0: found room for a prompt of 3 tokens, the"
+    )
     found = complaint(path, "sft", template, seq_length=64, max_prompt_length=64)
     assert found.startswith("--train_dataset.max_prompt_length=64: expected less than seq_length=64")
 
