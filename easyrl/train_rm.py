@@ -39,7 +39,8 @@ from easyrl.steps.reward import RewardBatch, RewardLossConfig, make_reward_eval,
 from easyrl.steps.state import TrainState, create_train_state
 
 METHOD = "Reward model"
-STATISTICS = ("reward_mean", "reward_std")  # of the held-out data, for whoever wants rewards of mean 0 and spread 1
+# Fields of the exported config.json, for whoever wants rewards of mean 0 and spread 1, and the metrics they come from.
+STATISTICS = {"reward_mean": "eval/mean_reward", "reward_std": "eval/reward_std"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,6 @@ def main(config: Config) -> None:
             **sums,
             **{f"accuracy/{row.subset}": row.accuracy for row in measured if row.subset != ALL},
             **({"longer_wins": measured[0].longer_wins} if paired else {}),
-            "reward_mean": score.mean(dtype=np.float64),
             "reward_std": score.std(dtype=np.float64),
         }
 
@@ -111,7 +111,7 @@ def main(config: Config) -> None:
             folder, start.cfg, params, "reward",
             tokenizer=tokenizer,
             # A step without an evaluation has none.
-            config_fields={name: metrics[f"eval/{name}"] for name in STATISTICS if f"eval/{name}" in metrics},
+            config_fields={field: metrics[name] for field, name in STATISTICS.items() if name in metrics},
             model_card=model_card(config, METHOD, template, total, metrics, **facts),
         )  # fmt: skip
 

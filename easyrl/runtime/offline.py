@@ -185,7 +185,7 @@ def model_card(
     base_model = config.load_checkpoint.partition("::")[2]
     data = config.train_dataset
     return ModelCard(
-        title=f"{Path(base_model).name} trained with {method}",
+        title=f"{method} from {Path(base_model).name}",
         method=method,
         base_model=base_model,
         datasets=(data.path,),
