@@ -23,6 +23,7 @@ from easyrl.data.templates import Template
 from easyrl.data.tokenizer import fingerprint
 from easyrl.data.workers import encode_rows
 
+BATCH_SIZE = "Samples in one batch, over all devices. A pair is one sample."
 WORTH_PROCESSES = 32_000_000  # bytes of text: below, starting processes takes longer than they save
 
 
@@ -41,7 +42,7 @@ class DatasetConfig:
     seq_length: int = flag(
         1024, "Tokens that a sequence may have: a prompt with its answer, or a prompt alone for PPO.", least=1
     )
-    batch_size: int = flag(32, "Samples in one batch, over all devices. A pair is one sample.", least=1)
+    batch_size: int = flag(32, BATCH_SIZE, least=1)
     shuffle: bool = flag(True, "Visit the rows in a new random order in every epoch.")
     remove_truncated_samples: bool = flag(
         False, "Leave out samples that would have to be cut, instead of cutting them."
@@ -60,6 +61,7 @@ class DatasetConfig:
 class PackedDatasetConfig(DatasetConfig):
     """The same for answered prompts, which are packed."""
 
+    batch_size: int = flag(64, BATCH_SIZE, least=1)  # fills rows better than 32 does
     max_prompt_length: int = flag(
         0,
         "Tokens that the prompt of a sample may have; 0: as many as the answer leaves, at least half of seq_length.",

@@ -114,6 +114,20 @@ def test_several_datasets_are_one_list(write_rows, template):
         both.columns(5)
 
 
+def test_rows_are_read_as_they_are_needed(template):
+    read = []
+
+    def reading():
+        for i, row in enumerate(rows(100)):
+            read.append(i)
+            yield Row(f"row {i}", row)
+
+    samples = encode_rows(reading(), Encoder("sft", template, Limits(64)), refuse)
+    for i in range(10):
+        next(samples)
+        assert len(read) == i + 1
+
+
 def test_processes_give_the_same_in_order(tokenizer, template):
     encoder = Encoder("sft", template, Limits(64))
     count = 2 * CHUNK + 7

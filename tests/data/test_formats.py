@@ -1,5 +1,9 @@
 """Rows of every shape become the examples they describe."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 from easyrl.data.formats import Demonstration, Labelled, Pair, Prompt, parse_row
@@ -134,3 +138,12 @@ def test_of_several_turns_the_first_is_asked_and_all_are_kept():
 
 def test_a_prompts_completion_is_a_column_for_reward_functions():
     assert parse_row({"prompt": "q", "completion": "a"}, "prompt") == [Prompt(ASKED, {"completion": "a"})]
+
+
+def test_the_rows_that_the_documents_show():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in re.search(r"```json\n(.*?)```", page, re.DOTALL)[1].splitlines()]
+    kinds = ["sft", "sft", "pair", "pair", "labelled", "labelled", "prompt"]
+    assert [type(parse_row(row, kind)[0]) for row, kind in zip(rows, kinds, strict=True)] == [
+        Demonstration, Demonstration, Pair, Pair, Labelled, Labelled, Prompt
+    ]  # fmt: skip
