@@ -10,13 +10,12 @@ detail, docs/metrics.md the formula of every metric.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from easyrl import assets
 from easyrl.core.config import flag, run
@@ -29,11 +28,12 @@ from easyrl.data.messages import Message
 from easyrl.data.packing import Plan, one_per_row, pack
 from easyrl.data.prompts import PromptBatch, PromptDataset
 from easyrl.data.templates import Template, load_template
-from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id
-from easyrl.hf.export import check_replaceable, export_model
+from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id, parse_ids
+from easyrl.hf.export import check_replaceable, export_model, generation_settings
 from easyrl.hf.model_card import ModelCard
 from easyrl.hf.refs import FoundModel, find_model, load_weights
 from easyrl.models.families import param_specs
+from easyrl.rewards.held_out import score_held_out
 from easyrl.rewards.models import RewardModel, find_reward_models, load_reward_model
 from easyrl.rewards.responses import reward_batch, sample_rows
 from easyrl.rewards.score import Scored, score_responses
@@ -43,10 +43,11 @@ from easyrl.runtime.loop import Hook, StepInfo, run_loop
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.runtime.progress import progress_hook
 from easyrl.runtime.report import write_report
+from easyrl.runtime.run_config import RunConfig, rows_per_pass
 from easyrl.runtime.run_dir import make_run_dir
-from easyrl.runtime.trackers import LoggerConfig, start_trackers, tracker_hooks
+from easyrl.runtime.trackers import start_trackers, tracker_hooks
 from easyrl.sampling.decode import SamplingConfig, make_sampler
-from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule, optimizer_facts
+from easyrl.steps.optimizer import make_optimizer, make_schedule, optimizer_facts
 from easyrl.steps.packed import PackPlan, place_plan
 from easyrl.steps.ppo import PPOConfig, PPOState, make_finish, make_forward, make_update
 from easyrl.steps.rollout import SampledBatch, join_samples, minibatches, self_check
@@ -56,21 +57,11 @@ EVAL_STEP = 2**31 - 1  # the "step" whose randomness evaluation samples use: the
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(PPOConfig, RewardConfig):
+class Config(PPOConfig, RewardConfig, RunConfig):
     """Tune a language model with PPO against a reward, with a learnt value model.
 
     Without --config and --load_checkpoint_policy this runs the bundled quickstart.
     """
-
-    seed: int = flag(42, "Seed of everything random.", least=0, most=2**32 - 1)
-    mesh_dim: str = flag("1,-1,1", "Sizes of the mesh axes dp,fsdp,mp; also dp:1,fsdp:-1,mp:1. -1: what is left, once.")
-    dtype: str = flag("bf16", "Format of activations and of frozen models.", choices=tuple(DTYPES))
-    param_dtype: str = flag("fp32", "Format of the weights in training.", choices=tuple(DTYPES))
-    remat: str = flag(
-        "none", "What the backward pass recomputes: nothing, all but matrix products, or whole layers.",
-        choices=("none", "dots", "full"),
-    )  # fmt: skip
-    output_dir: str = flag("", "Folder of the run. Empty: runs/train_ppo-<date>-<time>.")
 
     load_checkpoint_policy: str = flag(
         "", "The policy's start: hf::DIR_OR_HUB_ID or random::PRESET. Empty: quickstart."
@@ -92,7 +83,6 @@ class Config(PPOConfig, RewardConfig):
 
     train_dataset: DatasetConfig = flag(DatasetConfig(), "Prompts; batch_size of them are one step.")
     eval_dataset: DatasetConfig = flag(DatasetConfig(), "Held-out prompts. Empty path: no evaluation.")
-    eval_freq: int = flag(0, "Evaluate every this many steps, besides at start and end. 0: only then.", least=0)
 
     max_continuation_len: int = flag(16, "Tokens a response may have.", least=1)
     min_continuation_len: int = flag(0, "Tokens before which a response may not end.", least=0)
@@ -101,31 +91,19 @@ class Config(PPOConfig, RewardConfig):
     rollouts_per_prompt: int = flag(1, "Responses to each prompt.", least=1)
     generate_only: bool = flag(False, "Sample and score, but update nothing.")
 
-    num_epochs: int = flag(1, "Passes over the prompts.", least=1)
     max_steps_per_epoch: int = flag(0, "Steps after which an epoch is cut short. 0: none.", least=0)
     ppo_epochs: int = flag(4, "Passes over each batch of rollouts.", least=1)
     mini_batch_size: int = flag(
         1, "Responses in one optimizer step; divides batch_size x rollouts_per_prompt.", least=1
     )
-    micro_batch_size: int = flag(
-        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp. 0: dp x fsdp.",
-        least=0,
-    )  # fmt: skip
     lr: float = flag(1e-5, "Peak learning rate of the policy.", least=0)
     value_lr: float = flag(0.0, "Peak learning rate of the value model. 0: --lr.", least=0)
     lr_schedule: str = flag("constant", "After the warm-up.", choices=("constant", "linear", "cosine"))
     warmup_epochs: float = flag(0.0, "Epochs, or a part of one, over which the learning rate rises from 0.", least=0)
     policy_freeze_epochs: float = flag(0.0, "Epochs, or a part of one, in which only the value model learns.", least=0)
-    optimizer: OptimizerConfig = flag(OptimizerConfig(), "AdamW, for both models.")
-
-    log_freq: int = flag(1, "Log to wandb and tensorboard every this many steps.", least=1)
     logged_samples: int = flag(
         2, "Responses of every step, and 4 times as many of an evaluation, in samples.jsonl.", least=0
     )
-    save_model_freq: int = flag(
-        0, "Export the policy every this many steps, to hf-<step>. 0: only at the end.", least=0
-    )
-    logger: LoggerConfig = flag(LoggerConfig(), "Weights & Biases and TensorBoard.")
 
     def __post_init__(self) -> None:
         PPOConfig.__post_init__(self)
@@ -141,6 +119,11 @@ class Config(PPOConfig, RewardConfig):
                 "step (train_dataset.batch_size x rollouts_per_prompt)"
             )
 
+    @staticmethod
+    def default_yaml(given: Mapping[str, Any]) -> str:
+        """Without --config and --load_checkpoint_policy: the hyperparameters of the quickstart."""
+        return "" if given.get("load_checkpoint_policy") else str(assets.QUICKSTART)
+
     @property
     def num_responses(self) -> int:
         """Responses in one step."""
@@ -149,17 +132,15 @@ class Config(PPOConfig, RewardConfig):
 
 def main(config: Config) -> None:
     if not config.load_checkpoint_policy:
-        config = quickstart(config)
+        config = assets.fill_in(config)
     # ------------------------------------------------------------ mesh, output
     mesh = make_mesh(config.mesh_dim)
-    shards = num_data_shards(mesh)
-    rows = config.micro_batch_size or shards
-    for name, size in (
-        ("micro_batch_size", rows),
-        ("train_dataset.batch_size x rollouts_per_prompt", config.num_responses),
-    ):
-        if size % shards:
-            raise UserError(f"--{name}={size}: does not divide by dp x fsdp = {shards} of --mesh_dim={config.mesh_dim}")
+    rows = rows_per_pass(config, mesh)
+    if config.num_responses % num_data_shards(mesh):
+        raise UserError(
+            f"--train_dataset.batch_size x rollouts_per_prompt={config.num_responses}: does not divide by dp x fsdp = "
+            f"{num_data_shards(mesh)} of --mesh_dim={config.mesh_dim}"
+        )
     whole = replicated(mesh)
 
     # ------------------------------------------------------------ what there is: everything but the weights
@@ -181,7 +162,7 @@ def main(config: Config) -> None:
     check_vocabulary(tokenizer, policy.cfg.vocab_size)
     template = load_template(config.template, tokenizer)
     tokenizer.chat_template = template.jinja  # the export carries the format the policy was trained with
-    stop_ids = parse_ids(config.stop_ids, policy.cfg.vocab_size)
+    stop_ids = parse_ids(config.stop_ids, policy.cfg.vocab_size, "--stop_ids")
     stop_ids = stop_ids or tuple(dict.fromkeys((*policy.stop_ids, *template.stop_ids)))
     reference_ref = config.load_checkpoint_reference or config.load_checkpoint_policy
     reference = find(reference_ref, "reference")
@@ -243,8 +224,9 @@ def main(config: Config) -> None:
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
     )  # fmt: skip
     sample = make_sampler(
-        policy.cfg, sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), logprob_space=config.logprob_space, mesh=mesh
-    )
+        policy.cfg, sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), logprob_space=config.logprob_space,
+        num_samples=config.rollouts_per_prompt, mesh=mesh,
+    )  # fmt: skip
     forward = make_forward(policy.cfg, reference.cfg, value.cfg, config, mesh)
     finish = make_finish(config, mesh)
     update_both, update_value = (
@@ -264,12 +246,10 @@ def main(config: Config) -> None:
     moments, checked = RunningMoments(), False
 
     def respond(params: dict, batch: PromptBatch, step: int) -> tuple[SampledBatch, RewardBatch]:
-        """Responses to the prompts, the same number to each: as tokens, and as what reward sources read."""
-        each = config.num_responses // len(batch.tokens)
-        tokens, lengths = np.repeat(batch.tokens, each, axis=0), np.repeat(batch.lengths, each)
+        """`rollouts_per_prompt` responses to each prompt: as tokens, and as what reward sources read."""
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        samples = sample(params, tokens, lengths, key, np.arange(len(tokens), dtype=np.int32))
-        sampled = join_samples(tokens, lengths, samples, pad_id=pad_id(tokenizer))
+        samples = sample(params, batch.tokens, batch.lengths, key, np.arange(config.num_responses, dtype=np.int32))
+        sampled = join_samples(batch.tokens, batch.lengths, samples, pad_id=pad_id(tokenizer))
         return sampled, reward_batch(batch, sampled, tokenizer)
 
     def place(plan: Plan, most: int) -> PackPlan:
@@ -294,9 +274,8 @@ def main(config: Config) -> None:
             rollout, kl_coef, rollout_metrics = finish(tokens, learnt, passes, rewards, state.kl_coef)
 
         if not checked:
-            again = forward(
-                *models, tokens, mask, place(one_per_row(sampled.lengths, max_length, max_length), num_samples)
-            )
+            unpacked = one_per_row(sampled.lengths, max_length, max_length)
+            again = forward(*models, tokens, mask, place(unpacked, num_samples))
             same_start = step == 0 and reference_ref == config.load_checkpoint_policy
             self_check(sampled, rollout, passes, again, same_start=same_start, dtype=dtype, stop_ids=stop_ids)
             checked = True
@@ -321,27 +300,18 @@ def main(config: Config) -> None:
         return state.replace(kl_coef=kl_coef), metrics
 
     def evaluate(state: PPOState, step: int) -> dict[str, float]:
-        """Scores of one response to each held-out prompt, drawn with the same randomness every time."""
+        """How the policy does on the held-out prompts, with the same randomness every time."""
         if held_out is None:
             return {}
-        scores, lengths, ended = [], [], []
-        size, count = config.num_responses, len(held_out)
-        for start in tqdm(range(0, count, size), desc="evaluating", leave=False, disable=None):
-            numbers = np.arange(start, start + size) % count  # the last batch is filled up from the start
-            sampled, responses = respond(state.policy.params, held_out.take(numbers), EVAL_STEP - start)
-            scored, _ = score_responses(responses, sources, weights, config, moments)
-            live = min(size, count - start)
-            scores.append(scored.scores[:live])
-            lengths.append(sampled.response_lengths[:live])
-            ended.append(sampled.ended[:live])
-            if start == 0:
-                log_samples(step, "eval", responses, scored, min(live, 4 * config.logged_samples))
-        return {
-            "eval/reward_mean": float(np.concatenate(scores).mean()),
-            "eval/reward_std": float(np.concatenate(scores).std()),
-            "eval/responses_len_mean": float(np.concatenate(lengths).mean()),
-            "eval/ended_share": float(np.concatenate(ended).mean()),
-        }
+        params = state.policy.params
+
+        def score(batch: PromptBatch, number: int) -> tuple[SampledBatch, RewardBatch, Scored]:
+            sampled, responses = respond(params, batch, EVAL_STEP - number)
+            return sampled, responses, score_responses(responses, sources, weights, config, moments)[0]
+
+        metrics, responses, scored = score_held_out(held_out, config.train_dataset.batch_size, score)
+        log_samples(step, "eval", responses, scored, 4 * config.logged_samples)
+        return metrics
 
     # ------------------------------------------------------------ the loop
     run_dir.save_config(config)
@@ -355,8 +325,7 @@ def main(config: Config) -> None:
         card = model_card(config, info.metrics, template)
         export_model(
             policy_folder, policy.cfg, info.state.policy.params, "lm",
-            tokenizer=tokenizer, generation_config=generation(config, stop_ids, tokenizer),
-            model_card=card,
+            tokenizer=tokenizer, generation_config=generation_settings(sampling, stop_ids, tokenizer), model_card=card,
         )  # fmt: skip
 
     def finish_run(info: StepInfo) -> None:
@@ -404,22 +373,6 @@ def main(config: Config) -> None:
 # ---------------------------------------------------------------- small parts
 
 
-def quickstart(config: Config) -> Config:
-    """`config` with the bundled models and prompts where it names none."""
-    bundled: dict[str, Any] = {
-        "load_checkpoint_policy": f"hf::{assets.POLICY}",
-        "load_checkpoint_reward": config.load_checkpoint_reward
-        or ("" if config.reward_function else f"hf::{assets.REWARD_MODEL}"),
-        "train_dataset": dataclasses.replace(
-            config.train_dataset, path=config.train_dataset.path or str(assets.TRAIN_PROMPTS)
-        ),
-        "eval_dataset": dataclasses.replace(
-            config.eval_dataset, path=config.eval_dataset.path or str(assets.EVAL_PROMPTS)
-        ),
-    }
-    return dataclasses.replace(config, **bundled)
-
-
 def value_start(config: Config, reward_models: list[RewardModel]) -> str:
     """The reference that the value model starts from."""
     shares_tokenizer = bool(reward_models) and reward_models[0].shares_tokenizer
@@ -429,30 +382,6 @@ def value_start(config: Config, reward_models: list[RewardModel]) -> str:
         raise UserError(f"--load_checkpoint_value=reward: --load_checkpoint_reward {found}, expected policy or a model")
     reward = config.load_checkpoint_reward.split(",")[0].strip()
     return {"reward": reward, "policy": config.load_checkpoint_policy}.get(named, named)
-
-
-def parse_ids(text: str, vocab_size: int) -> tuple[int, ...]:
-    """The ids in --stop_ids."""
-    try:
-        ids = tuple(int(part) for part in text.split(",")) if text.strip() else ()
-    except ValueError:
-        raise UserError(f"--stop_ids={text}: expected token ids separated by commas") from None
-    if not all(0 <= token < vocab_size for token in ids):
-        raise UserError(f"--stop_ids={text}: expected ids from 0 to {vocab_size - 1}, the policy's vocabulary")
-    return ids
-
-
-def generation(config: Config, stop_ids: tuple[int, ...], tokenizer) -> dict[str, Any]:
-    """How the policy was sampled, for generation_config.json."""
-    return {
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "max_new_tokens": config.max_continuation_len,
-        "eos_token_id": list(stop_ids),
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": pad_id(tokenizer),
-    }
 
 
 def model_card(config: Config, metrics: dict[str, float], template: Template) -> ModelCard:

@@ -31,9 +31,9 @@ from easyrl.runtime.offline import (
     load_data,
     model_card,
     open_run,
-    rows_per_pass,
     train,
 )
+from easyrl.runtime.run_config import rows_per_pass
 from easyrl.steps.optimizer import make_optimizer
 from easyrl.steps.reward import RewardBatch, RewardLossConfig, make_reward_eval, make_reward_step, place_reward_batch
 from easyrl.steps.state import TrainState, create_train_state

@@ -29,9 +29,9 @@ from easyrl.runtime.offline import (
     load_data,
     model_card,
     open_run,
-    rows_per_pass,
     train,
 )
+from easyrl.runtime.run_config import rows_per_pass
 from easyrl.steps.optimizer import make_optimizer
 from easyrl.steps.sft import SFTBatch, make_sft_eval, make_sft_step, perplexity, place_sft_batch
 from easyrl.steps.state import TrainState, create_train_state

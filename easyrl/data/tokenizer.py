@@ -84,3 +84,14 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     else:
         content = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
     return hashlib.sha256(f"{content}{sorted(tokenizer.special_tokens_map.items())}".encode()).hexdigest()
+
+
+def parse_ids(text: str, vocab_size: int, flag: str) -> tuple[int, ...]:
+    """The token ids that `text` lists, separated by commas. Raises UserError naming `flag`."""
+    try:
+        ids = tuple(int(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError:
+        raise UserError(f"{flag}={text}: expected token ids separated by commas") from None
+    if not all(0 <= token < vocab_size for token in ids):
+        raise UserError(f"{flag}={text}: expected ids from 0 to {vocab_size - 1}, the model's vocabulary")
+    return ids

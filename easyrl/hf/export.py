@@ -157,6 +157,16 @@ def generation_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"do_sample": False, **{key: value for key, value in settings.items() if key not in sampling_only}}
 
 
+def generation_settings(sampling, stop_ids: tuple[int, ...], tokenizer) -> dict[str, Any]:
+    """What `export_model` takes as `generation_config`, from a `SamplingConfig` and what ends a response."""
+    return {
+        **vars(sampling),
+        "eos_token_id": list(stop_ids),
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0],
+    }
+
+
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

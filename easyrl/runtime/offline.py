@@ -5,20 +5,18 @@ A script finds what there is (`find_start`, `load_data`), builds its own step an
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from easyrl.core.config import flag
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
-from easyrl.core.sharding import num_data_shards
 from easyrl.data.dataset import PackedDatasetConfig, load_dataset
 from easyrl.data.loader import Batch, Loader
 from easyrl.data.messages import Message
@@ -31,9 +29,10 @@ from easyrl.runtime.evaluation import Evaluation
 from easyrl.runtime.loop import Hook, StepInfo, run_loop
 from easyrl.runtime.progress import progress_hook
 from easyrl.runtime.report import write_report
+from easyrl.runtime.run_config import RunConfig
 from easyrl.runtime.run_dir import RunDir, make_run_dir
-from easyrl.runtime.trackers import LoggerConfig, start_trackers, tracker_hooks
-from easyrl.steps.optimizer import OptimizerConfig, make_schedule, optimizer_facts
+from easyrl.runtime.trackers import start_trackers, tracker_hooks
+from easyrl.steps.optimizer import make_schedule, optimizer_facts
 from easyrl.steps.state import TrainState
 
 HF_BEST = "hf_best"  # in the run's folder: the export of the weights that did best on held-out data
@@ -50,18 +49,8 @@ class HeldOutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OfflineConfig:
-    """The flags of an offline trainer. Inherited by its config, so they carry plain names."""
-
-    seed: int = flag(42, "Seed of everything random.", least=0, most=2**32 - 1)
-    mesh_dim: str = flag("1,-1,1", "Sizes of the mesh axes dp,fsdp,mp; also dp:1,fsdp:-1,mp:1. -1: what is left, once.")
-    dtype: str = flag("bf16", "Format of activations and of frozen models.", choices=tuple(DTYPES))
-    param_dtype: str = flag("fp32", "Format of the weights in training.", choices=tuple(DTYPES))
-    remat: str = flag(
-        "none", "What the backward pass recomputes: nothing, all but matrix products, or whole layers.",
-        choices=("none", "dots", "full"),
-    )  # fmt: skip
-    output_dir: str = flag("", "Folder of the run. Empty: runs/<script>-<date>-<time>.")
+class OfflineConfig(RunConfig):
+    """The flags of an offline trainer."""
 
     load_checkpoint: str = flag(
         "", "The model to start from: hf::DIR_OR_HUB_ID or random::PRESET_OR_CONFIG_JSON (with --tokenizer)."
@@ -73,40 +62,17 @@ class OfflineConfig:
 
     train_dataset: PackedDatasetConfig = flag(PackedDatasetConfig(), "Data to train on; a batch is one optimizer step.")
     eval_dataset: HeldOutConfig = flag(HeldOutConfig(), "Held-out data, cut and batched as the training data.")
-    eval_freq: int = flag(0, "Evaluate every this many steps, besides at start and end. 0: only then.", least=0)
     save_best: bool = flag(False, "Also export the weights of the best evaluation, to hf_best.")
 
-    num_epochs: int = flag(1, "Passes over the data.", least=1)
     total_steps: int = flag(0, "Optimizer steps. 0: as many as --num_epochs passes take.", least=0)
-    micro_batch_size: int = flag(
-        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp. 0: dp x fsdp.",
-        least=0,
-    )  # fmt: skip
     lr: float = flag(2e-5, "Peak learning rate.", least=0)
     end_lr: float = flag(0.0, "Learning rate after the last step of a linear or cosine schedule.", least=0)
-    lr_schedule: str = flag("linear", "After the warm-up.", choices=("constant", "linear", "cosine"))
     warmup_ratio: float = flag(0.03, "Share of all steps over which the learning rate rises from 0.", least=0, most=1)
-    optimizer: OptimizerConfig = flag(OptimizerConfig(), "AdamW.")
-
-    log_freq: int = flag(1, "Log to wandb and tensorboard every this many steps.", least=1)
-    save_model_freq: int = flag(0, "Export the model every this many steps, to hf-<step>. 0: only at the end.", least=0)
-    logger: LoggerConfig = flag(LoggerConfig(), "Weights & Biases and TensorBoard.")
 
     @property
     def held_out(self) -> PackedDatasetConfig:
         """The evaluation data as the training data are described."""
         return dataclasses.replace(self.train_dataset, **vars(self.eval_dataset), shuffle=False)
-
-
-def rows_per_pass(config: OfflineConfig, mesh: Mesh) -> int:
-    """Packed rows in one pass over the model. Raises UserError when the devices cannot share them evenly."""
-    shards = num_data_shards(mesh)
-    rows = config.micro_batch_size or shards
-    if rows % shards:
-        raise UserError(
-            f"--micro_batch_size={rows}: does not divide by dp x fsdp = {shards} of --mesh_dim={config.mesh_dim}"
-        )
-    return rows
 
 
 class Start(NamedTuple):
@@ -219,6 +185,7 @@ def train(
     method: str,
     best_by: str = "loss",
     bar: dict[str, str] = BAR,
+    hooks: Sequence[Hook] = (),
 ) -> None:
     """Runs `total` steps of `step` on the loader's batches, with evaluation, trackers, exports and the report.
 
@@ -228,6 +195,7 @@ def train(
       export: `export(folder, params, metrics)` writes a model.
       method: its name for people, as the title of the report.
       bar: label and name of the metrics that the progress bar shows.
+      hooks: the method's own, called before the others, so that they may add to the metrics.
     """
     run_dir.save_config(config)
     trackers = start_trackers(config.logger, run_dir, config)
@@ -271,6 +239,7 @@ def train(
         start=0,
         total=total,
         hooks=[
+            *hooks,
             progress_hook(total, bar),
             *tracker_hooks(trackers, config.log_freq),
             Hook(on_step=save, every=config.save_model_freq, needs_state=True),

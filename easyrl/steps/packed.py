@@ -1,8 +1,8 @@
 """Packed passes over ragged rows: how every trainer runs a model.
 
-The host plans (data/packing.py) which tokens go side by side; here the plan meets the device. Rows are processed in groups
-of a fixed shape by a loop whose trip count is data: one compiled program serves every batch and runs only as many groups
-as the batch has tokens for.
+The host plans (data/packing.py) which tokens go side by side; here the plan meets the device. Rows are processed in
+groups of a fixed shape by a loop whose trip count is data: one compiled program serves every batch, and runs only as
+many groups as the batch has tokens for.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,8 @@ Array = jax.Array
 class PackPlan(flax.struct.PyTreeNode):
     """Which token of a padded batch [B, T] goes where in G groups of R packed rows of length S.
 
-    All int32. `source` is an index into the flattened batch (b * T + t), or -1 for padding. Groups from `count` on are empty.
+    All int32. `source` is an index into the flattened batch (b * T + t), or -1 for padding. Groups from `count` on are
+    empty.
     """
 
     source_GRS: Array
@@ -30,7 +31,7 @@ class PackPlan(flax.struct.PyTreeNode):
     segment_ids_GRS: Array
     count: Array
 
-    def group(self, number: Array) -> "PackPlan":
+    def group(self, number: Array | int) -> "PackPlan":
         """One group as a plan without the leading axis."""
         pick = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
         return PackPlan(pick(self.source_GRS), pick(self.positions_GRS), pick(self.segment_ids_GRS), self.count)
@@ -47,7 +48,7 @@ def place_plan(source: np.ndarray, positions: np.ndarray, segment_ids: np.ndarra
         return full.reshape(groups, rows, length)
 
     count = np.asarray(-(-used // rows), np.int32)
-    return put(PackPlan(fill(source, -1), fill(positions, 0), fill(segment_ids, 0), count), replicated(mesh))
+    return PackPlan(*put((fill(source, -1), fill(positions, 0), fill(segment_ids, 0), count), replicated(mesh)))
 
 
 def gather(x_BT: Array, source: Array, empty: Any = 0) -> Array:
@@ -76,10 +77,10 @@ def sums_over_groups(plan: PackPlan, measure: Callable[[PackPlan], Any]) -> Any:
 def grads_over_groups(
     plan: PackPlan, objective: Callable[[dict, PackPlan], tuple[Array, Any]], params: dict, shardings: dict
 ) -> tuple[dict, Any]:
-    """The gradient of `objective(params, group) -> (loss, metrics)` summed over the groups, and the summed metrics.
+    """The gradient of `objective(params, group) -> (loss, metrics)`, summed over the groups, and the summed metrics.
 
-    Each group's loss must already be divided by counts of the whole batch, so that a sum over groups is the batch's mean
-    whatever the grouping. Gradients add up in float32, laid out like the parameters; `metrics` is a tree of sums.
+    Each group's loss must already be divided by counts of the whole batch, so that a sum over groups is the batch's
+    mean whatever the grouping. Gradients add up in float32, laid out like the parameters; `metrics` is a tree of sums.
     """
     shapes = jax.eval_shape(objective, params, plan.group(0))[1]
     metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

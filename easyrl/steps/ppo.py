@@ -188,8 +188,9 @@ def make_update(
 
     One optimizer step of policy and value model on the minibatch that `plan` picks from the rollout. Losses are means
     over all response tokens of the minibatch, however it is packed and split. `stopped` (bool scalar) carries
-    --target_kl: once a minibatch exceeds it, this and the later updates of the batch change nothing. With
-    `train_policy=False` (critic warm-up) only the value model runs and learns.
+    --target_kl: once a minibatch exceeds it, this and the later updates of the batch change nothing; nor does a minibatch
+    without a token to learn from, not even by momentum. With `train_policy=False` (critic warm-up) only the value model
+    runs and learns.
     """
     shard = Shard(mesh)
     policy_shardings = state_shardings(param_specs(policy_cfg, "lm"), policy_optimizer, mesh)
@@ -212,7 +213,9 @@ def make_update(
             kl = kl_estimate(ppo.kl_estimator, logprobs, batch.ref_logprobs, batch.mask)
             total += kl_coef * masked_sum(kl, batch.mask)
         named = {"ppo/loss/policy": loss, "ppo/policy/entropy": entropy}
-        return total / num_tokens, named | {f"ppo/policy/{name}": value for name, value in metrics.items()}
+        return total / jnp.maximum(num_tokens, 1.0), named | {
+            f"ppo/policy/{name}": value for name, value in metrics.items()
+        }
 
     def value_objective(params, group: PackPlan, rollout: Rollout, num_tokens):
         batch = _packed_rollout(group, rollout)
@@ -220,7 +223,8 @@ def make_update(
         values = scalar(params, value_cfg, hidden)
         loss, metrics = value_loss(values, batch.values, batch.returns, batch.mask, cliprange_value=ppo.cliprange_value)
         named = {"ppo/loss/value": loss}
-        return ppo.vf_coef * loss.total / num_tokens, named | {f"ppo/val/{name}": v for name, v in metrics.items()}
+        named |= {f"ppo/val/{name}": value for name, value in metrics.items()}
+        return ppo.vf_coef * loss.total / jnp.maximum(num_tokens, 1.0), named
 
     def policy_step(state: PPOState, rollout, plan, stopped, num_tokens):
         grads, metrics = grads_over_groups(
@@ -229,7 +233,7 @@ def make_update(
         )  # fmt: skip
         if ppo.target_kl:
             stopped |= metrics["ppo/policy/approxkl"].value > ppo.target_kl
-        policy, taken = apply_gradients(state.policy, grads, policy_optimizer, ~stopped)
+        policy, taken = apply_gradients(state.policy, grads, policy_optimizer, ~stopped & (num_tokens > 0))
         metrics["ppo/policy/grad_norm"] = constant_mean(optax.tree.norm(grads))
         metrics["ppo/policy/skipped"] = constant_mean(1.0 - taken)
         return policy, stopped, metrics
@@ -238,13 +242,13 @@ def make_update(
         grads, metrics = grads_over_groups(
             plan, lambda p, g: value_objective(p, g, rollout, num_tokens), state.value.params, value_shardings.params
         )
-        value, taken = apply_gradients(state.value, grads, value_optimizer, ~stopped)
+        value, taken = apply_gradients(state.value, grads, value_optimizer, ~stopped & (num_tokens > 0))
         metrics["ppo/val/grad_norm"] = constant_mean(optax.tree.norm(grads))
         metrics["ppo/val/skipped"] = constant_mean(1.0 - taken)
         return value, metrics
 
     def update(state: PPOState, rollout: Rollout, plan: PackPlan, stopped):
-        num_tokens = jnp.maximum(jnp.sum(gather(rollout.mask, plan.source_GRS, False), dtype=jnp.float32), 1.0)
+        num_tokens = jnp.sum(gather(rollout.mask, plan.source_GRS, False), dtype=jnp.float32)
         metrics: dict[str, Mean] = {}
         policy = state.policy
         if train_policy:
@@ -256,7 +260,7 @@ def make_update(
         metrics["ppo/loss/total"] = Mean(loss_policy.total + ppo.vf_coef * loss_value.total, loss_value.count)
         return PPOState(policy, value, state.kl_coef), stopped, metrics
 
-    state_out = PPOState(policy_shardings, value_shardings, whole)
+    state_out = PPOState(policy_shardings, value_shardings, whole)  # type: ignore[arg-type]  # a tree of shardings
     return jax.jit(update, donate_argnums=0, out_shardings=(state_out, whole, whole))
 
 
@@ -273,17 +277,19 @@ def _packed_rollout(group: PackPlan, rollout: Rollout) -> Rollout:
 def _rollout_metrics(rollout: Rollout, entropies: Array, kl_coef: Array) -> dict[str, Mean]:
     """Statistics of the samples under the names of EasyLM's fork (docs/metrics.md)."""
     mask, scores, penalties = rollout.mask, rollout.scores, rollout.penalties
-    each = jnp.ones(scores.shape, bool)
+    each = jnp.any(mask, axis=1)  # a response that is not to be learnt from counts nowhere
     kl = kl_estimate("k1", rollout.old_logprobs, rollout.ref_logprobs, mask)
     by_row = lambda x: jnp.sum(jnp.where(mask, x, 0.0), axis=1)
     lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
+    mean_score = mean_of(scores, each)
+    shortest = jnp.min(lengths, where=each, initial=jnp.max(lengths))
     return {
         "objective/kl": mean_of(by_row(kl), each),
         "objective/kl_per_token": mean_of(kl, mask),
         "objective/kl_coef": constant_mean(kl_coef),
         "objective/entropy": mean_of(entropies, mask),
-        "ppo/mean_scores": mean_of(scores, each),
-        "ppo/std_scores": constant_mean(jnp.std(scores)),
+        "ppo/mean_scores": mean_score,
+        "ppo/std_scores": constant_mean(jnp.sqrt(mean_of(jnp.square(scores - mean_score.value), each).value)),
         "ppo/mean_score_total": mean_of(by_row(rollout.rewards), each),
         "ppo/mean_non_score_reward": mean_of(penalties, mask),
         "ppo/mean_non_score_reward_sum": mean_of(by_row(penalties), each),
@@ -291,6 +297,6 @@ def _rollout_metrics(rollout: Rollout, entropies: Array, kl_coef: Array) -> dict
         "ppo/val/explained_variance": adv.explained_variance(rollout.values, rollout.returns, mask),
         "ppo/returns/mean": mean_of(rollout.returns, mask),
         "tokens/responses_len_mean": mean_of(lengths, each),
-        "tokens/responses_len_min": constant_mean(jnp.min(lengths)),
+        "tokens/responses_len_min": constant_mean(shortest),
         "tokens/responses_len_max": constant_mean(jnp.max(lengths)),
     }

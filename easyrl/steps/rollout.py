@@ -40,19 +40,24 @@ class SampledBatch:
 
 
 def join_samples(prompts: np.ndarray, prompt_lengths: np.ndarray, samples, *, pad_id: int) -> SampledBatch:
-    """Prompts [B, P] (padded on the right) and `sampling.decode.Samples` as one `SampledBatch` with T = P + C."""
+    """Prompts and `sampling.decode.Samples` as one `SampledBatch` with T = P + C.
+
+    prompts [N, P], padded on the right; the samples hold the same number of responses to each, those to one prompt next
+    to each other, B = N * n in all.
+    """
     samples = jax.device_get(samples)
-    B, P = prompts.shape
-    C = samples.tokens_BC.shape[1]
-    tokens = np.full((B, P + C), pad_id, np.int32)
-    mask = np.zeros((B, P + C), bool)
-    logprobs = np.zeros((B, P + C), np.float32)
+    B, C = samples.tokens_BC.shape
+    each = B // len(prompts)
+    prompts, prompt_lengths = np.repeat(prompts, each, axis=0), np.repeat(prompt_lengths, each)
+    tokens = np.full((B, prompts.shape[1] + C), pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    logprobs = np.zeros(tokens.shape, np.float32)
     for row, (start, length) in enumerate(zip(prompt_lengths, samples.lengths_B, strict=True)):
         tokens[row, :start] = prompts[row, :start]
         tokens[row, start : start + length] = samples.tokens_BC[row, :length]
         mask[row, start - 1 : start + length - 1] = True
         logprobs[row, start - 1 : start + length - 1] = samples.logprobs_BC[row, :length]
-    return SampledBatch(tokens, mask, logprobs, np.asarray(prompt_lengths), samples.lengths_B, samples.ended_B)
+    return SampledBatch(tokens, mask, logprobs, prompt_lengths, samples.lengths_B, samples.ended_B)
 
 
 def minibatches(num_samples: int, size: int, epochs: int, key: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -75,7 +80,8 @@ def self_check(
     reference start from the same weights. Raises UserError naming the first check that fails and its likely cause:
 
     1. no response is empty;
-    2. the score sits on the last sampled token, which is an end token wherever the response ended;
+    2. the score sits on the last sampled token, which is an end token wherever the response ended, and on none of a
+       response that is not to be learnt from;
     3. the sampler's log-probs equal the trainer's;
     4. the ratio is 1: log-probs do not depend on packing or on the pass that computed them;
     5. KL is 0 when policy and reference start equal.
@@ -89,7 +95,7 @@ def self_check(
 
     rows, last = np.arange(len(batch.tokens)), batch.lengths - 1
     expected = np.zeros(batch.tokens.shape, np.float32)
-    expected[rows, last - 1] = fetch(rollout.scores)
+    expected[rows, last - 1] = np.where(fetch(rollout.mask).any(axis=1), fetch(rollout.scores), 0)
     paid = fetch(rollout.rewards) - fetch(rollout.penalties)
     misplaced = np.flatnonzero(~np.isclose(paid, expected, rtol=1e-4, atol=1e-4).all(axis=1))
     if misplaced.size:

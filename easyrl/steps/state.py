@@ -33,7 +33,7 @@ def state_shardings(specs: dict, optimizer: optax.GradientTransformation, mesh: 
         param_shardings,
         transform_non_params=lambda _: replicated(mesh),
     )
-    return TrainState(param_shardings, opt_shardings, replicated(mesh))
+    return TrainState(param_shardings, opt_shardings, replicated(mesh))  # type: ignore[arg-type]  # of shardings
 
 
 def create_train_state(params: dict, specs: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -1,0 +1,49 @@
+"""The flags that every trainer has."""
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from easyrl.core.config import flag
+from easyrl.core.dtypes import DTYPES
+from easyrl.core.errors import UserError
+from easyrl.core.sharding import num_data_shards
+from easyrl.runtime.trackers import LoggerConfig
+from easyrl.steps.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where a run computes, how it optimizes, what it writes. Inherited by the scripts' configs, so names are plain."""
+
+    seed: int = flag(42, "Seed of everything random.", least=0, most=2**32 - 1)
+    mesh_dim: str = flag("1,-1,1", "Sizes of the mesh axes dp,fsdp,mp; also dp:1,fsdp:-1,mp:1. -1: what is left, once.")
+    dtype: str = flag("bf16", "Format of activations and of frozen models.", choices=tuple(DTYPES))
+    param_dtype: str = flag("fp32", "Format of the weights in training.", choices=tuple(DTYPES))
+    remat: str = flag(
+        "none", "What the backward pass recomputes: nothing, all but matrix products, or whole layers.",
+        choices=("none", "dots", "full"),
+    )  # fmt: skip
+    output_dir: str = flag("", "Folder of the run. Empty: runs/<script>-<date>-<time>.")
+    micro_batch_size: int = flag(
+        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp. 0: dp x fsdp.",
+        least=0,
+    )  # fmt: skip
+    num_epochs: int = flag(1, "Passes over the data.", least=1)
+    lr_schedule: str = flag("linear", "After the warm-up.", choices=("constant", "linear", "cosine"))
+    optimizer: OptimizerConfig = flag(OptimizerConfig(), "AdamW.")
+    eval_freq: int = flag(0, "Evaluate every this many steps, besides at start and end. 0: only then.", least=0)
+    save_model_freq: int = flag(0, "Export the model every this many steps, to hf-<step>. 0: only at the end.", least=0)
+    log_freq: int = flag(1, "Log to wandb and tensorboard every this many steps.", least=1)
+    logger: LoggerConfig = flag(LoggerConfig(), "Weights & Biases and TensorBoard.")
+
+
+def rows_per_pass(config: RunConfig, mesh: Mesh) -> int:
+    """Packed rows in one pass over the model. Raises UserError when the devices cannot share them evenly."""
+    shards = num_data_shards(mesh)
+    rows = config.micro_batch_size or shards
+    if rows % shards:
+        raise UserError(
+            f"--micro_batch_size={rows}: does not divide by dp x fsdp = {shards} of --mesh_dim={config.mesh_dim}"
+        )
+    return rows
