@@ -1,0 +1,36 @@
+"""A tiny model and rows on disk, and runs of the scripts that train from files, in this process."""
+
+import functools
+import json
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import pytest
+
+from easyrl.core.config import load_config
+from easyrl.core.sharding import make_mesh
+from easyrl.runtime.jsonl import read_jsonl
+
+# One set of flags and shapes for nearly all runs: what one test has compiled the next finds in the cache.
+TINY = {
+    "mesh_dim": "1,1,1", "dtype": "fp32", "template": "none", "train_dataset.seq_length": 32,
+    "train_dataset.batch_size": 8, "train_dataset.row_length": 64, "lr": 1e-2, "warmup_ratio": 0.0,
+}  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_script(script: ModuleType, flags: dict, num_devices: int = 1) -> None:
+    """`python -m SCRIPT --NAME=VALUE ...`, with errors raised; `__` in a name stands for the dot."""
+    argv = [f"--{name.replace('__', '.')}={value}" for name, value in flags.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:num_devices]))
+        script.main(load_config(script.Config, argv))
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return read_jsonl(run / "metrics.jsonl")
