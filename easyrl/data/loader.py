@@ -95,20 +95,22 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`, counted from 0 over all epochs."""
-        samples = self.order.samples(step)
+        return self.take(self.order.samples(step))
+
+    def take(self, samples: np.ndarray) -> Batch:
+        """The batch of the samples with these numbers, -1 standing for a filler; at most as many as in any batch."""
         size, per_sample = self.order.most_samples, self.dataset.per_sample
+        samples = np.concatenate([samples, np.full(size - len(samples), -1)])
         tokens = np.zeros((size * per_sample, self.width), np.int32)
         mask = np.zeros(tokens.shape, bool)
         lengths, prompt_lengths = np.zeros((2, len(tokens)), np.int32)
-        values = np.zeros(size, np.float32)
-        values[: len(samples)] = self.dataset.values[samples]
-        for place, sample in enumerate(samples.tolist()):
-            for row, sequence in enumerate(self.dataset.sequences(sample), place * per_sample):
+        values = np.where(samples >= 0, self.dataset.values[samples], np.float32(0))
+        for place in np.flatnonzero(samples >= 0).tolist():
+            for row, sequence in enumerate(self.dataset.sequences(int(samples[place])), place * per_sample):
                 lengths[row] = len(sequence.tokens)
                 prompt_lengths[row] = sequence.prompt_length
                 tokens[row, : lengths[row]] = sequence.tokens
                 mask[row, : lengths[row] - 1] = sequence.is_answer[1:]
-        samples = np.concatenate([samples, np.full(size - len(samples), -1)])
         return Batch(samples, tokens, lengths, prompt_lengths, mask, values, self._plan(lengths))
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:

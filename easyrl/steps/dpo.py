@@ -35,9 +35,8 @@ from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 Array = jax.Array
 
 KTO = "kto"
-# What only some losses read; a flag that the chosen loss would ignore is refused.
-KTO_OPTIONS = frozenset({"desirable_weight", "undesirable_weight"})
-NLL_OPTIONS = frozenset({"nll_coef", "nll_per_token"})
+KTO_OPTIONS = frozenset({"beta", "desirable_weight", "undesirable_weight"})
+NLL_OPTIONS = frozenset({"nll_coef", "nll_per_token"})  # of every loss on pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +65,19 @@ class DPOConfig:
     undesirable_weight: float = flag(1.0, "kto: weight of the answers labelled bad.", least=0)
 
     def __post_init__(self) -> None:
-        read = {"loss", "beta"} | (KTO_OPTIONS if self.loss == KTO else loss_options(self.loss) | NLL_OPTIONS)
         for field in dataclasses.fields(DPOConfig):
             value = getattr(self, field.name)
-            if field.name not in read and value != field.default:
+            if field.name not in self.facts and value != field.default:
                 raise UserError(f"--{field.name}={value}: --loss={self.loss} does not read it")
         if self.label_smoothing >= 0.5:
             raise UserError(f"--label_smoothing={self.label_smoothing}: expected less than 0.5")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The loss and the values of the flags that it reads."""
+        options = KTO_OPTIONS if self.loss == KTO else loss_options(self.loss) | NLL_OPTIONS
+        names = (field.name for field in dataclasses.fields(DPOConfig))
+        return {name: getattr(self, name) for name in names if name == "loss" or name in options}
 
     @property
     def reads_reference(self) -> bool:

@@ -1,0 +1,65 @@
+"""An alarm for preference training that goes the wrong way round: margins grow because good answers become unlikely."""
+
+import sys
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+from tqdm import tqdm
+
+from easyrl.runtime.loop import Hook, StepInfo
+
+WINDOW = 20  # steps whose mean is compared
+CHOSEN, MARGINS, ALARM = "rewards/chosen", "rewards/margins", "alarms/chosen_falls"
+
+
+class ChosenFalls:
+    """Whether the chosen answers have become less likely while the margin over the rejected ones has grown.
+
+    Direct preference losses only ask for the difference, and often lower both sides, the rejected one faster (Pal et
+    al. 2024, arXiv:2402.13228; Razin et al. 2024, arXiv:2410.08847): the margin improves as the policy forgets the
+    answers it is shown. Compared are the means of rewards/chosen and of rewards/margins over the first and over the
+    last `window` steps, and each must have moved by more than two standard errors of the difference. A reward is beta
+    times a log-prob minus the reference's, so that hard and easy batches compare.
+    """
+
+    def __init__(self, window: int = WINDOW):
+        self._first: list[tuple[float, float]] = []
+        self._last: deque[tuple[float, float]] = deque(maxlen=window)
+
+    def __call__(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the alarm is on after a step with these metrics; never within the first two windows."""
+        window = self._last.maxlen
+        both = (metrics[CHOSEN], metrics[MARGINS])
+        if len(self._first) < window:
+            self._first.append(both)
+            return False
+        self._last.append(both)
+        if len(self._last) < window:
+            return False
+        first, last = np.array(self._first), np.array(self._last)
+        change = last.mean(axis=0) - first.mean(axis=0)
+        chosen, margins = change / np.maximum(np.sqrt((first.var(axis=0) + last.var(axis=0)) / window), 1e-12)
+        return bool(chosen < -2 and margins > 2)
+
+
+def chosen_falls_hook(window: int = WINDOW) -> Hook:
+    """Adds the metric `alarms/chosen_falls` (1 or 0) to every step, and warns in one line when it is first on.
+
+    It must come before the hooks that show or log metrics.
+    """
+    alarm, told = ChosenFalls(window), False
+
+    def on_step(info: StepInfo) -> None:
+        nonlocal told
+        on = alarm(info.metrics)
+        info.metrics[ALARM] = float(on)
+        if on and not told:
+            told = True
+            tqdm.write(
+                f"easyrl: warning: step {info.step}: chosen answers become less likely while margins grow "
+                f"({ALARM}); see docs/dpo.md",
+                file=sys.stderr,
+            )
+
+    return Hook(on_step)
