@@ -188,9 +188,9 @@ def make_update(
 
     One optimizer step of policy and value model on the minibatch that `plan` picks from the rollout. Losses are means
     over all response tokens of the minibatch, however it is packed and split. `stopped` (bool scalar) carries
-    --target_kl: once a minibatch exceeds it, this and the later updates of the batch change nothing; nor does a minibatch
-    without a token to learn from, not even by momentum. With `train_policy=False` (critic warm-up) only the value model
-    runs and learns.
+    --target_kl: once a minibatch exceeds it, this and the later updates of the batch change nothing; nor does a
+    minibatch without a token to learn from, not even by momentum. With `train_policy=False` (critic warm-up) only the
+    value model runs and learns.
     """
     shard = Shard(mesh)
     policy_shardings = state_shardings(param_specs(policy_cfg, "lm"), policy_optimizer, mesh)

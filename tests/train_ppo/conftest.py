@@ -139,7 +139,12 @@ class Result:
         return read_jsonl(self.path / "samples.jsonl")
 
     def weights(self, name: str = "hf") -> dict[str, np.ndarray]:
-        return load_file(self.path / name / "model.safetensors")
+        return read_tensors(self.path / name)
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of an exported model, by transformers' names."""
+    return load_file(folder / "model.safetensors")
 
 
 def to_argv(flags: dict) -> list[str]:
