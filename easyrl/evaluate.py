@@ -11,7 +11,9 @@ external judge sees it. docs/reward_models.md shows them at work.
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,17 +82,28 @@ class Config:
 
 
 def main(config: Config) -> None:
+    check_output(config.output)
     table, results = measure_accuracy(config) if config.dataset else measure_win_rate(config)
     print(table, flush=True)
-    text = json.dumps(results, ensure_ascii=False)
-    if not config.output:
-        print(text, flush=True)
-        return
-    try:
+    text = json.dumps(results, ensure_ascii=False) + "\n"
+    if config.output:
         with write_atomic(config.output) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="", flush=True)
+
+
+def check_output(path: str) -> None:
+    """Raise UserError, before hours of judging, when the results could not be written."""
+    if not path:
+        return
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output={config.output}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--output={path}: cannot be written ({error.strerror})") from None
+    if not os.access(folder, os.W_OK) or Path(path).is_dir():
+        raise UserError(f"--output={path}: cannot be written, expected a file in a folder that is yours")
 
 
 # ---------------------------------------------------------------- a reward model on preference pairs

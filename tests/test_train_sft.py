@@ -71,7 +71,7 @@ def test_a_run_learns_and_leaves_everything_it_promises(folder, flags, tmp_path)
     evaluated = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
     assert list(evaluated) == [0, 2, 4, 6]
     # The untrained model, on batches of 8 and 4 rows: every token weighs the same.
-    loss, count = plain_loss(folder / "model", answers_only=True)
+    loss, _ = plain_loss(folder / "model", answers_only=True)
     assert evaluated[0] == pytest.approx(loss, rel=1e-5)
     assert rows[0]["eval/perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
     assert evaluated[6] < evaluated[2] < evaluated[0]

@@ -1,0 +1,149 @@
+"""evaluate on files of answers: win rates by a reward model and by a judge, the table, the JSON, and what is wrong."""
+
+import json
+import shlex
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from easyrl import evaluate
+from easyrl.core.errors import UserError
+from easyrl.core.sharding import make_mesh
+from easyrl.hf.refs import load_model
+from easyrl.models.heads import scalar
+from easyrl.models.trunk import trunk
+from tests.offline import run_script, write_rows
+from tests.train_ppo.conftest import make_tokenizer, write_model
+
+PROMPTS = ["sun", "river", "old dog", "why", "tell me"]
+CATEGORIES = ["math", "math", "math", "code", "others"]
+OURS = ["round", "long", "barks a lot", "", "no"]
+THEIRS = ["a disc", "wet", "sleeps", "because", "no"]
+JUDGE = """
+import json, sys
+for row in map(json.loads, sys.stdin):
+    one, two = len(row["answer_1"]), len(row["answer_2"])
+    print(json.dumps({"id": row["id"], "winner": 1 if one > two else 2 if two > one else 0}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_model(folder / "reward", "reward", seed=1)
+    (folder / "judge.py").write_text(JUDGE)
+    rows = [
+        [
+            {"id": number, "prompt": prompt, "response": answer, "category": category}
+            for number, (prompt, answer, category) in enumerate(zip(PROMPTS, answers, CATEGORIES, strict=True))
+        ]
+        for answers in (OURS, THEIRS)
+    ]
+    write_rows(folder / "ours.jsonl", rows[0])
+    write_rows(folder / "theirs.jsonl", rows[1][::-1])  # matched by id
+    write_rows(folder / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    return folder
+
+
+@pytest.fixture
+def flags(folder, monkeypatch):
+    monkeypatch.setenv("EASYRL_CACHE", str(folder / "cache"))
+    answers = {"generations": folder / "ours.jsonl", "baseline": folder / "theirs.jsonl"}
+    model = {"load_checkpoint_reward": f"hf::{folder / 'reward'}", "template": "none", "seq_length": 16}
+    return {
+        "answers": answers,
+        "judge": answers | {"judge": shlex.join([sys.executable, str(folder / "judge.py")])},
+        "model": answers | model | {"mesh_dim": "1,1,1", "dtype": "fp32", "batch_size": 4},
+        "pairs": model | {"dataset": folder / "pairs.jsonl"},
+    }
+
+
+def test_win_rate_by_a_judge(flags, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    run_script(evaluate, flags["judge"] | {"exclude_category": "others", "output": out})
+    results = json.loads(out.read_text())
+    rows = {row["category"]: row["win_rate"] for row in results["categories"]}
+    # The longer answer wins: loss, win, win in math, a loss in code, a tie in others.
+    assert rows == {
+        "all": pytest.approx(2.5 / 5),
+        "math": pytest.approx(2 / 3),
+        "code": 0.0,
+        "others": 0.5,
+        "mean_of_categories": pytest.approx((2 / 3 + 0 + 0.5) / 3),
+        "mean_of_categories_without_others": pytest.approx((2 / 3 + 0) / 2),
+    }
+    assert (results["first_wins"], results["consistent"]) == (0.5, 1.0)
+    assert results["mean_characters"] == {"generations": 22 / 5, "baseline": 24 / 5}
+    printed = capsys.readouterr().out
+    assert "66.7%" in printed and "first wins: 0.5" in printed
+    assert json.dumps(results) not in printed
+
+
+def test_win_rate_by_a_reward_model(flags, folder, capsys):
+    run_script(evaluate, flags["model"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    model = load_model(f"hf::{folder / 'reward'}", make_mesh("1,1,1", jax.devices()[:1]), head="reward")
+    tokenizer = make_tokenizer()
+
+    def score(prompt, answer):
+        tokens = [*tokenizer(prompt + answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        tokens = np.array(tokens)[-16:]  # the beginning is what a long conversation loses
+        padded = np.zeros(16, np.int32)
+        padded[: len(tokens)] = tokens
+        segments = (np.arange(16) < len(tokens)).astype(np.int32)
+        hidden, _ = trunk(model.params, model.cfg, padded[None], np.arange(16)[None], segments[None])
+        return float(scalar(model.params, model.cfg, hidden)[0, len(tokens) - 1])
+
+    ours = np.array([score(*pair) for pair in zip(PROMPTS, OURS, strict=True)])
+    theirs = np.array([score(*pair) for pair in zip(PROMPTS, THEIRS, strict=True)])
+    expected = 0.5 + 0.5 * np.sign(ours - theirs)
+    assert expected[-1] == 0.5  # the same answer
+    rows = {row["category"]: row for row in results["categories"]}
+    assert rows["all"]["win_rate"] == pytest.approx(expected.mean())
+    assert rows["math"]["win_rate"] == pytest.approx(expected[:3].mean())
+    assert results["reward_mean"]["generations"] == pytest.approx(ours.mean(), abs=1e-5)
+    assert results["reward_mean"]["baseline"] == pytest.approx(theirs.mean(), abs=1e-5)
+    assert results["cut"] == pytest.approx(1 / 10)
+
+
+@pytest.mark.parametrize(
+    ("use", "more", "complaint"),
+    [
+        (None, {}, "found nothing, expected --dataset, or --generations and --baseline"),
+        ("model", {"baseline": ""}, "found --generations, expected --dataset, or --generations and --baseline"),
+        ("judge", {"dataset": "x.jsonl"}, "found --baseline, --dataset, --generations, expected --dataset, or"),
+        ("answers", {}, "found neither of --load_checkpoint_reward and --judge, expected one of them"),
+        ("model", {"judge": "cat"}, "found both of --load_checkpoint_reward and --judge, expected one of them"),
+        ("pairs", {"load_checkpoint_reward": "", "judge": "cat"}, "--judge=cat: does not judge a --dataset"),
+        (
+            "judge",
+            {"exclude_category": "other"},
+            "--exclude_category=other: no such category, found code, math, others",
+        ),
+        ("judge", {"generations": "nowhere.jsonl"}, "--generations=nowhere.jsonl: nowhere.jsonl: no such file"),
+        ("pairs", {"dataset": "nowhere.jsonl"}, "--dataset: nowhere.jsonl: no such file"),
+        ("pairs", {"split": "[1:"}, "--split=[1:: expected"),
+        ("pairs", {"load_checkpoint_reward": "nothing"}, "--load_checkpoint_reward=nothing: expected hf::"),
+        ("pairs", {"template": "chatml"}, "--template=chatml: the tokenizer has no token"),
+    ],
+)
+def test_what_is_wrong_is_one_line(flags, use, more, complaint):
+    with pytest.raises(UserError) as caught:
+        run_script(evaluate, (flags[use] if use else {}) | more)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_language_model_cannot_score(flags, tmp_path):
+    write_model(tmp_path / "lm")
+    with pytest.raises(UserError, match=r"score.weight is missing, expected a reward model's head"):
+        run_script(evaluate, flags["pairs"] | {"load_checkpoint_reward": f"hf::{tmp_path / 'lm'}"})
+
+
+def test_a_place_that_cannot_be_written(flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output=.*: cannot be written"):
+        run_script(evaluate, flags["judge"] | {"output": tmp_path / "file" / "result.json"})
