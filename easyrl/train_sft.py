@@ -16,8 +16,7 @@ from easyrl.core.dtypes import DTYPES
 from easyrl.core.masking import add_metrics
 from easyrl.core.sharding import make_mesh
 from easyrl.data.loader import Batch, Loader
-from easyrl.data.tokenizer import pad_id
-from easyrl.hf.export import export_model
+from easyrl.hf.export import export_model, generation_settings
 from easyrl.hf.refs import load_weights
 from easyrl.models.families import param_specs
 from easyrl.runtime.offline import (
@@ -85,11 +84,10 @@ def main(config: Config) -> None:
         return sums | {"perplexity": perplexity(sums["loss"])}
 
     def export(folder: Path, params: dict, metrics: dict[str, float]) -> None:
-        stop_ids = dict.fromkeys((*start.stop_ids, *template.stop_ids))
-        special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad_id(tokenizer)}
+        stop_ids = tuple(dict.fromkeys((*start.stop_ids, *template.stop_ids)))
         export_model(
             folder, start.cfg, params, "lm",
-            tokenizer=tokenizer, generation_config={"eos_token_id": list(stop_ids), **special},
+            tokenizer=tokenizer, generation_config=generation_settings(None, stop_ids, tokenizer),
             model_card=model_card(config, METHOD, template, total, metrics, loss_on=config.loss_on),
         )  # fmt: skip
 

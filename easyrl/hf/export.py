@@ -158,9 +158,9 @@ def generation_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation_settings(sampling, stop_ids: tuple[int, ...], tokenizer) -> dict[str, Any]:
-    """What `export_model` takes as `generation_config`, from a `SamplingConfig` and what ends a response."""
+    """What `export_model` takes as `generation_config`: a `SamplingConfig`, or None, and what ends a response."""
     return {
-        **vars(sampling),
+        **(vars(sampling) if sampling else {}),
         "eos_token_id": list(stop_ids),
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0],
