@@ -14,6 +14,7 @@ from tests.source import REPO, modules
 MODULES = (
     "easyrl.train_ppo",
     "easyrl.steps.ppo",
+    "easyrl.rewards.held_out",
     "easyrl.rewards.score",
     "easyrl.rewards.sources",
     "easyrl.runtime.loop",
