@@ -80,8 +80,8 @@ def self_check(
     reference start from the same weights. Raises UserError naming the first check that fails and its likely cause:
 
     1. no response is empty;
-    2. the score sits on the last sampled token, which is an end token wherever the response ended, and on none of a
-       response that is not to be learnt from;
+    2. the score sits on the last sampled token, and on none of a response that is not to be learnt from; that token is
+       an end token wherever the response ended, and no other token of a response is one;
     3. the sampler's log-probs equal the trainer's;
     4. the ratio is 1: log-probs do not depend on packing or on the pass that computed them;
     5. KL is 0 when policy and reference start equal.
@@ -107,6 +107,10 @@ def self_check(
             f"self-check: sample {wrong_end[0]} ended, but its last token is {ends[wrong_end[0]]}, "
             f"expected one of the end tokens {sorted(stop_ids)}"
         )
+    inner = batch.mask[:, :-1] & (np.arange(1, batch.tokens.shape[1]) < last[:, None])
+    goes_on = np.flatnonzero((inner & np.isin(batch.tokens[:, 1:], list(stop_ids))).any(axis=1))
+    if goes_on.size:
+        raise UserError(f"self-check: the response to sample {goes_on[0]} goes on behind an end token")
 
     def compare(name: str, a, b, cause: str):
         difference = np.abs(fetch(a) - fetch(b))[batch.mask]
