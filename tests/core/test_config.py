@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import subprocess
 import sys
 import textwrap
@@ -12,7 +11,7 @@ import absl.flags
 import pytest
 import yaml
 
-from easyrl.core.config import flag, flag_specs, help_text, load_config, save_yaml, to_dict
+from easyrl.core.config import flag, flag_specs, help_text, load_config, to_dict, to_yaml
 from easyrl.core.errors import UserError
 
 
@@ -205,6 +204,20 @@ def test_a_missing_yaml_file_is_named(tmp_path):
     assert error_of(f"--config={tmp_path}") == f"--config={tmp_path}: Is a directory"
 
 
+def test_a_script_may_name_the_yaml_it_reads_without_config(tmp_path, write):
+    (tmp_path / "quickstart.yaml").write_text("total_steps: 30")
+
+    class Quickstart(Config):
+        @staticmethod
+        def default_yaml(given):
+            return "" if "name" in given else str(tmp_path / "quickstart.yaml")
+
+    assert load_config(Quickstart, []).total_steps == 30
+    assert load_config(Quickstart, ["--total_steps=40"]).total_steps == 40
+    assert load_config(Quickstart, ["--name=x"]).total_steps == 10
+    assert load_config(Quickstart, [write("shuffle: false")]).total_steps == 10
+
+
 def test_nothing_is_left_in_the_flag_registry():
     before = set(absl.flags.FLAGS)
     load_config(Config, ["--name=x"])
@@ -221,14 +234,12 @@ def test_saved_yaml_repeats_the_run(tmp_path, name):
         Config(), name=name, remat=True, output_dir="runs/a", optimizer=Optimizer(lr=1 / 3, clip=math.inf)
     )
     path = tmp_path / "config.yaml"
-    save_yaml(config, path)
+    path.write_text(to_yaml(config))
     assert load_config(Config, [f"--config={path}"]) == dataclasses.replace(config, output_dir="")
-    assert os.listdir(tmp_path) == ["config.yaml"]
 
 
-def test_saved_yaml_is_nested_plain_and_explained(tmp_path):
-    save_yaml(Config(), tmp_path / "config.yaml")
-    text = (tmp_path / "config.yaml").read_text()
+def test_saved_yaml_is_nested_plain_and_explained():
+    text = to_yaml(Config())
     assert text.startswith("# ")
     assert "--config" in text.splitlines()[0]
     expected = to_dict(Config())
