@@ -35,7 +35,6 @@ import absl.logging
 import yaml
 
 from easyrl.core.errors import UserError
-from easyrl.core.files import write_atomic
 
 T = TypeVar("T")
 
@@ -144,8 +143,8 @@ def load_config(config_class: type[T], argv: Sequence[str]) -> T:
     """The config that a command line asks for: defaults, then the YAML file of --config, then flags.
 
     Args:
-      config_class: a frozen dataclass whose fields are made by `flag`. Its static method `default_yaml(given)`, if it has
-        one, names the YAML file to read without --config, from the values of the flags that are given.
+      config_class: a frozen dataclass whose fields are made by `flag`. Its static method `default_yaml(given)`, if it
+        has one, names the YAML file to read without --config, from the values of the flags that are given.
       argv: the command line without the program's name.
 
     Raises UserError for a flag, key, value or file that cannot be used. Prints help and exits for --help.
@@ -297,15 +296,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def save_yaml(config: Any, path: str | Path) -> None:
-    """Writes a config, in one piece or not at all, so that giving the file back as --config repeats the run.
+def to_yaml(config: Any) -> str:
+    """A config as the text of a file that, given back as --config, repeats the run.
 
     `output_dir` is left out: a repeated run is a new run, with a folder of its own.
     """
     values = {name: value for name, value in to_dict(config).items() if name != "output_dir"}
     header = "# Every flag of an easyrl run, as resolved. Give this file back as --config to repeat the run.\n"
-    with write_atomic(path) as part:
-        part.write_text(header + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return header + yaml.safe_dump(values, sort_keys=False)
 
 
 def run(main: Callable[[T], Any], config_class: type[T]) -> NoReturn:

@@ -24,6 +24,14 @@ def write_atomic(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def set_aside(path: Path) -> None:
+    """Renames a file to the first free `NAME.1.SUFFIX`, `NAME.2.SUFFIX`, ..., to make room for another."""
+    number = 1
+    while (free := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(free)
+
+
 def sync(path: Path) -> None:
     """Waits until a file's bytes, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

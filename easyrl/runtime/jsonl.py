@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from easyrl.core.errors import UserError
-from easyrl.core.files import write_atomic
+from easyrl.core.files import set_aside, write_atomic
 
 
 class JsonlWriter:
@@ -25,7 +25,7 @@ class JsonlWriter:
         self.path = Path(path)
         if self.path.exists():
             if start == 0:
-                self.path.rename(_free_name(self.path))
+                set_aside(self.path)
             else:
                 rows = [row for row in read_jsonl(self.path) if row["step"] <= start]
                 with write_atomic(self.path) as part:
@@ -75,10 +75,3 @@ def _writable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_writable(item) for item in value]
     return value
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (free := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    return free

@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from easyrl.runtime.loop import Hook, StepInfo
 
-# In a log file every refresh is one more line, in a terminal it overwrites the last.
+# In a log file every refresh is one more line, in a terminal it overwrites the last. So a file gets none before the
+# first step is done: a run that stops there says why in one line.
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -20,19 +21,22 @@ def progress_hook(total: int, show: Mapping[str, str], *, start: int = 0, file: 
     step does not report is left out. Other processes than 0 draw nothing.
     """
     file = sys.stderr if file is None else file
+    terminal = file.isatty()
     bar = tqdm(
         total=total,
         initial=start,
         unit="step",
         file=file,
         dynamic_ncols=True,
-        mininterval=0.2 if file.isatty() else SECONDS_BETWEEN_LINES,
+        mininterval=0.2 if terminal else SECONDS_BETWEEN_LINES,
+        delay=0.0 if terminal else SECONDS_BETWEEN_LINES,
         disable=jax.process_index() != 0,
     )
 
     def on_step(info: StepInfo) -> None:
         shown = [f"{label} {short(info.metrics[name])}" for label, name in show.items() if name in info.metrics]
         bar.set_postfix_str(", ".join(shown), refresh=False)
+        bar.delay = 0.0
         bar.update(info.step - bar.n)
 
     return Hook(on_step=on_step, close=bar.close)

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from easyrl.core.config import save_yaml
+from easyrl.core.config import to_yaml
 from easyrl.core.errors import UserError
+from easyrl.core.files import set_aside, write_atomic
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,17 @@ class RunDir:
         return self.path / "report.html"
 
     def save_config(self, config: Any) -> None:
-        """Writes the resolved `config` on process 0: the first thing that a run does once nothing is wrong with it."""
-        if jax.process_index() == 0:
-            save_yaml(config, self.config)
+        """Writes the resolved `config` on process 0: the first thing that a run does once nothing is wrong with it.
+
+        The file of an earlier run in this folder is kept as `config.1.yaml` if it says something else.
+        """
+        if jax.process_index() != 0:
+            return
+        text = to_yaml(config)
+        if self.config.exists() and self.config.read_text(encoding="utf-8") != text:
+            set_aside(self.config)
+        with write_atomic(self.config) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def make_run_dir(output_dir: str, script: str) -> RunDir:

@@ -37,6 +37,14 @@ def test_a_folder_that_exists_is_kept(tmp_path):
     assert run.metrics.read_text() == "old"
 
 
+def test_the_config_of_an_earlier_run_is_kept_where_it_differs(tmp_path):
+    run = make_run_dir(str(tmp_path), "train_ppo")
+    for lr in (0.1, 0.1, 0.2, 0.3):
+        run.save_config(Config(lr=lr))
+    kept = {path.name: load_config(Config, [f"--config={path}"]).lr for path in tmp_path.iterdir()}
+    assert kept == {"config.1.yaml": 0.1, "config.2.yaml": 0.2, "config.yaml": 0.3}
+
+
 def test_the_places_in_a_run(tmp_path):
     run = make_run_dir(str(tmp_path), "train_ppo")
     places = (run.config, run.metrics, run.samples, run.checkpoints, run.hf, run.report)
