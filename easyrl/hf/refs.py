@@ -1,9 +1,10 @@
 """Where a model comes from: `hf::DIR_OR_HUB_ID`, `easyrl::DIR` or `random::PRESET_OR_CONFIG_JSON`."""
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,12 +51,13 @@ class FoundModel:
     """All that is known of a model before a weight is read.
 
     `directory` holds its tokenizer (None: it has none); `stop_ids` are the ids that it is known to end a text with (()
-    when nothing says).
+    when nothing says); `flag` is the one that named it.
     """
 
     cfg: ModelConfig
     directory: Path | None
     stop_ids: tuple[int, ...]
+    flag: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +79,17 @@ def find_model(ref: str, *, compute: Mapping[str, Any] | None = None, flag: str 
     """The model that `ref` names, without its weights.
 
     `compute` replaces the fields of the configuration that say how to compute and not what (dtype, remat, attention).
-    Raises UserError naming `flag` or the file at fault.
+    Raises UserError naming `flag` and the file at fault.
     """
     kind, target = parse_ref(ref, flag)
     if kind == "easyrl":
         raise UserError(f"{flag}={ref}: reading a run's own checkpoints is not possible yet, expected hf:: or random::")
     if kind == "random":
-        found = FoundModel(_random_config(target, flag), None, ())
+        found = FoundModel(_random_config(target, flag), None, (), flag)
     else:
         directory = find_folder(target, flag)
-        found = FoundModel(read_config(directory), directory, read_stop_ids(directory))
+        with _naming(flag):
+            found = FoundModel(read_config(directory), directory, read_stop_ids(directory), flag)
     return dataclasses.replace(found, cfg=dataclasses.replace(found.cfg, **(compute or {})))
 
 
@@ -96,11 +99,13 @@ def load_weights(
     """The parameters of a model with the head `lm`, `reward` or `value`, in `dtype`, sharded on `mesh`.
 
     `new_head` (`zeros` or `normal`) says how to start a scalar head that the checkpoint lacks. Everything random comes
-    from `seed`. Raises UserError naming the file at fault, or --mesh_dim for a parameter that it does not divide.
+    from `seed`. Raises UserError naming the model's flag and the file at fault, or --mesh_dim for a parameter that it
+    does not divide.
     """
-    if found.directory is None:
-        return init_params(param_specs(found.cfg, head), jax.random.key(seed), dtype, mesh)
-    return load_params(found.directory, found.cfg, head, mesh, dtype, new_head=new_head, seed=seed)
+    with _naming(found.flag):
+        if found.directory is None:
+            return init_params(param_specs(found.cfg, head), jax.random.key(seed), dtype, mesh)
+        return load_params(found.directory, found.cfg, head, mesh, dtype, new_head=new_head, seed=seed)
 
 
 def load_model(
@@ -148,3 +153,12 @@ def _random_config(target: str, flag: str) -> ModelConfig:
     if not path.exists():
         raise UserError(f"{source}: expected a config.json or one of {', '.join(PRESETS)}")
     return config_from_hf(read_json(path), str(path))
+
+
+@contextlib.contextmanager
+def _naming(flag: str) -> Iterator[None]:
+    """Puts the flag before the file that a UserError names."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
