@@ -56,14 +56,19 @@ def attributes_read():
     }
 
 
-def help_of(call: ast.Call) -> str:
-    arguments = [*call.args[1:2], *(word.value for word in call.keywords if word.arg == "help")]
-    if len(arguments) != 1:
+def help_of(field: Field) -> str:
+    """The help text: a literal, or a constant of the same module."""
+    given = [*field.call.args[1:2], *(word.value for word in field.call.keywords if word.arg == "help")]
+    if len(given) != 1:
         return ""
-    try:
-        return str(ast.literal_eval(arguments[0]))
-    except ValueError:
-        pytest.fail(f"line {call.lineno}: the help text of a flag is a literal")
+    constants = {
+        ast.unparse(node.targets[0]): node.value
+        for node in modules()[field.module].body
+        if isinstance(node, ast.Assign) and len(node.targets) == 1
+    }
+    text = constants.get(ast.unparse(given[0]), given[0])
+    assert isinstance(text, ast.Constant), f"{field}: the help text of a flag is a literal or a constant of its module"
+    return text.value
 
 
 def test_there_are_flags():
@@ -77,9 +82,7 @@ def test_every_flag_is_read_by_something():
 
 
 def test_every_flag_has_a_help_text_that_is_a_sentence():
-    poor = [
-        str(field) for field in all_fields() if len(help_of(field.call)) < 10 or help_of(field.call)[-1] not in ".)"
-    ]
+    poor = [str(field) for field in all_fields() if len(help_of(field)) < 10 or help_of(field)[-1] not in ".)"]
     assert not poor, poor
 
 
