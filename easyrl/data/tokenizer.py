@@ -1,6 +1,7 @@
 """Loads tokenizers, and says what easyrl needs to know of one."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ def load_tokenizer(ref: str, flag: str = "--tokenizer") -> Tokenizer:
     No code of the folder or repository is run. Truncation and padding that tokenizer.json may ask for are switched off.
     Raises UserError, naming `flag`, when there is no tokenizer there or it cannot be read.
     """
+    # Without this it warns on every start that torch, which nothing here needs, is not installed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
     path = Path(ref).expanduser()
