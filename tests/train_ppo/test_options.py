@@ -1,5 +1,7 @@
 """What the flags of train_ppo do, seen from outside: from samples.jsonl, metrics.jsonl and the exported weights."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -145,3 +147,23 @@ def test_bfloat16_passes_the_self_check_and_learns(run, materials):
     assert result.metrics[0]["ppo/policy/ratios_mean"] == pytest.approx(1, abs=0.2)
     assert result.metrics[1]["objective/kl"] != 0
     assert all(np.isfinite(value) for metrics in result.metrics for value in metrics.values())
+
+
+def test_sampling_flags_reach_the_sampler(run):
+    result = run(top_k=1, min_continuation_len=3, rollouts_per_prompt=2, train_dataset__batch_size=4,
+                 max_steps_per_epoch=1, logged_samples=8, generate_only=True)  # fmt: skip
+    responses = [sample["response"] for sample in result.samples]
+    assert responses[::2] == responses[1::2]  # the likeliest token leaves no choice
+    assert result.metrics[0]["tokens/responses_len_min"] >= 3
+
+
+def test_a_random_policy_with_a_tokenizer_from_elsewhere(run, materials):
+    config = json.loads((materials.policy / "config.json").read_text())
+    result = run(
+        load_checkpoint_policy=f"random::{json.dumps(config)}", tokenizer=materials.policy, load_checkpoint_reward="",
+        reward_function=f"{materials.functions}:length", max_steps_per_epoch=1,
+    )  # fmt: skip
+    assert result.metrics[0]["env/reward_mean"] > 0
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= {
+        path.name for path in (result.path / "hf").iterdir()
+    }
