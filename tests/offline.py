@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +12,7 @@ import pytest
 from easyrl.core.config import load_config
 from easyrl.core.sharding import make_mesh
 from easyrl.runtime.jsonl import read_jsonl
+from tests.source import REPO
 
 # One set of flags and shapes for nearly all runs: what one test has compiled the next finds in the cache.
 TINY = {
@@ -30,6 +32,12 @@ def run_script(script: ModuleType, flags: dict, num_devices: int = 1) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:num_devices]))
         script.main(load_config(script.Config, argv))
+
+
+def explained(page: str) -> set[str]:
+    """The metrics that a page of the docs explains in its table."""
+    text = (REPO / "docs" / page).read_text(encoding="utf-8")
+    return set(re.findall(r"^\| `([a-z][^`]*)` \|", text, flags=re.MULTILINE))
 
 
 def metrics_of(run: Path) -> list[dict]:

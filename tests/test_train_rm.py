@@ -1,13 +1,14 @@
 """train_rm from rows on disk to an exported folder, and evaluate's measure of it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from easyrl import evaluate, train_rm
 from easyrl.core.errors import UserError
-from tests.offline import TINY, metrics_of, run_script, write_rows
+from tests.offline import TINY, explained, metrics_of, run_script, write_rows
 from tests.train_ppo.conftest import make_tokenizer, write_model
 
 WORDS = ["sun", "river", "old dog", "why", "tell me", "a b", "blue", "go on"]
@@ -56,6 +57,12 @@ def test_accuracy_rises_on_pairs_that_one_word_tells_apart(trained):
     assert last["eval/loss"] < 0.3 < evaluated[0]["eval/loss"]
     assert rows[-1]["loss"] < rows[1]["loss"]
     assert json.loads((trained / "best.json").read_text())["eval/accuracy"] == 1.0
+
+
+def test_every_metric_is_explained(trained):
+    names = {re.sub("(?<=^eval/accuracy/).*", "<subset>", name) for row in metrics_of(trained) for name in row}
+    assert names - {"step"} - explained("sft.md") == explained("reward_models.md") - explained("sft.md")
+    assert names - {"step"} >= explained("reward_models.md")
 
 
 def test_the_export_carries_the_statistics_of_its_rewards(trained):

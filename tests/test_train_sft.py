@@ -13,7 +13,7 @@ from easyrl.core.sharding import make_mesh
 from easyrl.hf.refs import load_model
 from easyrl.models.heads import lm_logits
 from easyrl.models.trunk import trunk
-from tests.offline import TINY, metrics_of, run_script, write_rows
+from tests.offline import TINY, explained, metrics_of, run_script, write_rows
 from tests.train_ppo.conftest import make_tokenizer, write_model
 
 PROMPTS = ["sun", "river", "old dog", "why", "tell me", "a b", "blue", "go on", "nine", "it", "seven", "x"]
@@ -65,8 +65,9 @@ def test_a_run_learns_and_leaves_everything_it_promises(folder, flags, tmp_path)
 
     names = {path.name for path in tmp_path.iterdir()}
     exports = {"hf", "hf_best", "hf-5"}
-    assert names == exports | {"best.json", "config.yaml", "metrics.jsonl", "report.html", "samples.jsonl"}
     rows = metrics_of(tmp_path)
+    assert {name for row in rows for name in row} - {"step"} == explained("sft.md")
+    assert names == exports | {"best.json", "config.yaml", "metrics.jsonl", "report.html", "samples.jsonl"}
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]  # 12 rows, 8 a step: one step an epoch
     evaluated = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
     assert list(evaluated) == [0, 2, 4, 6]
