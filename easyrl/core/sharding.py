@@ -1,8 +1,8 @@
 """The mesh, and the one table that says which logical axis lives on which mesh axis.
 
-A mesh has three axes, with EasyLM's names and order: `dp` (replicated weights, split batch), `fsdp` (split weights, split
-batch) and `mp` (split heads, hidden units and vocabulary). Parameters and activations name their dimensions logically;
-`RULES` is the only place where those names meet the mesh.
+A mesh has three axes, with EasyLM's names and order: `dp` (replicated weights, split batch), `fsdp` (split weights,
+split batch) and `mp` (split heads, hidden units and vocabulary). Parameters and activations name their dimensions
+logically; `RULES` is the only place where those names meet the mesh.
 """
 
 import math
@@ -86,8 +86,8 @@ def num_data_shards(mesh: Mesh) -> int:
 def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions carry the logical `axes`.
 
-    Raises UserError naming the array `name` when an axis has no rule, when two of its axes claim one mesh axis, or when a
-    dimension does not divide by the mesh axes that split it.
+    Raises UserError naming the array `name` when an axis has no rule, when two of its axes claim one mesh axis, or when
+    a dimension does not divide by the mesh axes that split it.
     """
     if len(axes) != len(shape):
         raise UserError(

@@ -46,7 +46,7 @@ def lm_logits(params: dict, cfg, hidden: Array) -> Array:
 
 
 def scalar(params: dict, cfg, hidden: Array) -> Array:
-    """One float32 number for every token, [...], from hidden states [..., D]: a value, or a reward at the last token."""
+    """One float32 number for every token, [...], from hidden states [..., D]: a value, or a reward at the last."""
     head = params["head"]
     out = jnp.einsum("...D,D->...", hidden, head["scalar"].astype(cfg.dtype), preferred_element_type=jnp.float32)
     return out + head["scalar_bias"].astype(jnp.float32) if "scalar_bias" in head else out
@@ -56,13 +56,14 @@ def scalar(params: dict, cfg, hidden: Array) -> Array:
 def token_logprobs(logits: Array, targets: Array, temperature: float = 1.0) -> tuple[Array, Array]:
     """log p(target) and the entropy of p, where p = softmax(logits / temperature).
 
-    The one definition of a log-probability: the sampler, the old, new and reference log-probs, SFT and DPO all end here.
+    The one definition of a log-probability: the sampler, old, new and reference log-probs, SFT and DPO all end here.
     logits [..., V], targets int [...]; both results float32 [...]. A temperature of 0 (greedy decoding) is taken as 1,
     because the limit puts all mass on one token and has no useful logarithm.
 
-    The gradient is written out, so that the backward pass holds the logits and their gradient and nothing else of size V:
+    The gradient is written out, so that the backward pass holds the logits and their gradient, and nothing else of
+    size V. With z = logits / temperature:
 
-        d log p(target) / d z_v = [v = target] - p_v        d H / d z_v = -p_v (log p_v + H)        z = logits / temperature
+        d log p(target) / d z_v = [v = target] - p_v        d H / d z_v = -p_v (log p_v + H)
     """
     return _token_logprobs_forward(logits, targets, temperature)[0]
 

@@ -1,7 +1,7 @@
 """Llama, and the families that are the same network with switches: Mistral, Qwen2, Qwen3.
 
-Read top to bottom: the configuration, the parameters, then embed -> block -> final_norm. `models/trunk.py` scans the block
-over the stacked layers.
+Read top to bottom: the configuration, the parameters, then embed -> block -> final_norm. `models/trunk.py` scans the
+block over the stacked layers.
 
 Axes: B batch, T time, D width, N query heads, K key/value heads, H head size, F feed-forward, V vocabulary, L layers.
 """
@@ -98,7 +98,7 @@ def trunk_specs(cfg: LlamaConfig) -> dict:
 
 def embed(params: dict, cfg: LlamaConfig, tokens_BT: Array, shard: Callable) -> Array:
     """Token embeddings [B, T, D] in the compute dtype."""
-    # The table is split over fsdp by width and the batch by rows: gather the table's width first, as any other weight's.
+    # The table is split over fsdp by width, the batch by rows: gather the table's width first, as any other weight's.
     table = shard(params["embed"]["tokens"].astype(cfg.dtype), "vocab", "width")
     return jnp.take(table, tokens_BT, axis=0)
 
