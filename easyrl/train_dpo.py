@@ -12,6 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from easyrl.core.config import flag, run
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
@@ -78,6 +81,8 @@ def main(config: Config) -> None:
     found = find_reference(config, start, tokenizer)
     unpaired = config.loss == KTO
     loader, held_out = load_data(config, "labelled" if unpaired else "pair", template, rows)
+    if unpaired and jax.process_index() == 0:
+        print(balance(config, loader.dataset.values), flush=True)
     run_dir = open_run(config, "train_dpo")
 
     # ------------------------------------------------------------ weights, what the reference says of the data
@@ -107,7 +112,7 @@ def main(config: Config) -> None:
         return place
 
     place = placer(loader, "train_dataset")
-    place_held_out = None if held_out is None else placer(held_out, "eval_dataset")
+    place_held_out = placer(held_out, "eval_dataset") if held_out else place
     if config.precompute_reference:
         reference = None  # no longer needed, and its memory is
 
@@ -148,6 +153,19 @@ def main(config: Config) -> None:
 
 
 # ---------------------------------------------------------------- small parts
+
+
+def balance(config: Config, labels: np.ndarray) -> str:
+    """How many answers are good and bad, and whether the weights of KTO make up for it (eq. 8 of its paper)."""
+    good = int((labels > 0.5).sum())
+    bad = len(labels) - good
+    found = f"labels: {good:,} good, {bad:,} bad"
+    if not (good and bad):
+        return f"{found}: expected some of both"
+    advised = config.desirable_weight * good / bad
+    if 1 <= advised / max(config.undesirable_weight, 1e-9) <= 4 / 3:
+        return found
+    return f"{found}: advised is --undesirable_weight={advised:.3g}, or down to a quarter less"
 
 
 def find_reference(config: Config, start: FoundModel, tokenizer: Tokenizer) -> FoundModel:

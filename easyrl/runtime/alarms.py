@@ -24,23 +24,23 @@ class ChosenFalls:
     """
 
     def __init__(self, window: int = WINDOW):
+        self._window = window
         self._first: list[tuple[float, float]] = []
         self._last: deque[tuple[float, float]] = deque(maxlen=window)
 
     def __call__(self, metrics: Mapping[str, float]) -> bool:
         """Whether the alarm is on after a step with these metrics; never within the first two windows."""
-        window = self._last.maxlen
         both = (metrics[CHOSEN], metrics[MARGINS])
-        if len(self._first) < window:
+        if len(self._first) < self._window:
             self._first.append(both)
             return False
         self._last.append(both)
-        if len(self._last) < window:
+        if len(self._last) < self._window:
             return False
         first, last = np.array(self._first), np.array(self._last)
         change = last.mean(axis=0) - first.mean(axis=0)
-        chosen, margins = change / np.maximum(np.sqrt((first.var(axis=0) + last.var(axis=0)) / window), 1e-12)
-        return bool(chosen < -2 and margins > 2)
+        errors = np.sqrt((first.var(axis=0) + last.var(axis=0)) / self._window)
+        return bool(change[0] < -2 * errors[0] and change[1] > 2 * errors[1])
 
 
 def chosen_falls_hook(window: int = WINDOW) -> Hook:

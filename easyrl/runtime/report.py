@@ -21,7 +21,14 @@ from easyrl.runtime.run_dir import RunDir
 SAMPLES_SHOWN = 12
 
 # Told at the top, when the run has them.
-HEADLINES = ("env/reward_mean", "objective/kl", "loss", "tokens/responses_len_mean", "tokens_per_second")
+HEADLINES = (
+    "env/reward_mean",
+    "objective/kl",
+    "loss",
+    "rewards/margins",
+    "tokens/responses_len_mean",
+    "tokens_per_second",
+)
 
 STYLE = """
 :root { color-scheme: light; --ink: #222933; --soft: #5b6572; --line: #dfe4ea; --accent: #1c4f91; }

@@ -129,7 +129,8 @@ def place_answers(
     if paired and not pairs_together(packing.source, rows, tokens.shape):
         raise ValueError(f"the packing plan parts a pair: both its answers must be in one group of {rows} rows")
     arrays = (np.asarray(tokens, np.int32), np.asarray(mask, bool), np.asarray(ref_logprobs, np.float32))
-    return AnswerBatch(*put(arrays, replicated(mesh)), place_plan(*packing, rows, groups, mesh))
+    placed = put(arrays, replicated(mesh))
+    return AnswerBatch(placed[0], placed[1], placed[2], place_plan(*packing, rows, groups, mesh))
 
 
 def answer_logprobs(
