@@ -3,11 +3,12 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PARITY_VENV := .venv-parity
 # One process a core: the tests are too small to keep a second core busy by themselves.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow parity lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,15 +30,29 @@ demo: $(READY) ## train the bundled tiny model with PPO, in minutes on two CPU c
 	$(BIN)/python -m easyrl.train_ppo --mesh_dim=1,-1,1
 
 # Compiled programs are kept, which halves the work of every run but the first.
-test test-slow: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/build/jax_cache
-test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
-test test-slow: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
+test test-slow parity: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/build/jax_cache
+test test-slow parity: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+test test-slow parity: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
 
 test: $(READY) ## run the tests, except slow and hardware ones
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-slow: $(READY) ## run the slow tests
 	$(BIN)/python -m pytest -m 'slow and not hardware' $(ARGS)
+
+# TRL has an environment of its own, so that its versions and ours are free of each other.
+$(PARITY_VENV)/ready: $(READY)
+	@echo "Setting up $(PARITY_VENV), once: PyTorch and TRL take a few minutes."
+	[ -x $(PARITY_VENV)/bin/python ] || $(BIN)/python -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip install --quiet trl==1.16.0 torch==2.13.0 transformers==5.23.0 datasets accelerate
+	@touch $@
+
+parity: $(READY) $(PARITY_VENV)/ready ## train with TRL and with easyrl and compare (ARGS=--record: into docs/parity.md)
+	rm -rf build/parity
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.parity.inputs build/parity
+	$(PARITY_VENV)/bin/python -m tests.parity.trl_side build/parity
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.parity.easyrl_side build/parity
+	$(BIN)/python -m tests.parity.compare build/parity $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
@@ -48,5 +63,5 @@ format: $(READY) ## put the code into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
+clean: ## remove the environments and everything built
+	rm -rf $(VENV) $(PARITY_VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
