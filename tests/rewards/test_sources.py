@@ -80,7 +80,7 @@ def test_a_reencoded_answer_is_what_the_model_was_trained_on(tokenizer):
     for name in ("tulu", "chatml", "none", "vicuna"):
         template = load_template(name, tokenizer)
         question, answer = (Message("user", "hi"),), Message("assistant", "yo")
-        trained = template.encode_answered(question, (answer,))
+        (trained,) = template.encode_answered(question, (answer,))
         scored = encode_conversation(template, question, "yo", ended=True)
         assert scored.tolist() == [*trained.prompt, *trained.completion]
 
