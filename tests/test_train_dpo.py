@@ -202,6 +202,21 @@ def test_kto_learns_from_labels(folder, flags, tmp_path):
     assert "KTO" in (tmp_path / "hf" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("good", "settings", "told"),
+    [
+        (4, {}, "labels: 4 good, 4 bad"),
+        (6, {}, "labels: 6 good, 2 bad: advised is --undesirable_weight=3, or down to a quarter less"),
+        (6, {"undesirable_weight": 2.5}, "labels: 6 good, 2 bad"),
+        (2, {"desirable_weight": 3.0}, "labels: 2 good, 6 bad"),
+        (0, {}, "labels: 0 good, 8 bad: expected some of both"),
+    ],
+)
+def test_kto_says_how_labels_are_balanced(good, settings, told):
+    config = train_dpo.Config(loss="kto", **settings)
+    assert train_dpo.balance(config, np.arange(8) < good) == told
+
+
 def test_a_loss_without_reference_asks_none(flags, tmp_path, monkeypatch):
     calls = computed(monkeypatch)
     flags = flags | {"train_dataset.cache_dir": tmp_path / "cache"}

@@ -27,7 +27,7 @@ LOGPROB_SPACES = ("sampling", "model")
 # The cache starts with room for the prompt and grows this many times at most, so that attention reads little more than
 # what is filled. Every size compiles the step once more, so short completions get fewer.
 MAX_CACHE_SIZES = 4
-MIN_GROWTH = 32
+MIN_GROWTH = 64
 
 
 @dataclasses.dataclass(frozen=True)

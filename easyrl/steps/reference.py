@@ -7,6 +7,7 @@ disk, they serve every later run on the same data, with any loss, learning rate,
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ Array = jax.Array
 Logprobs = Callable[[Array, Array, PackPlan], Array]  # (tokens, mask, plan) -> float32 [B]
 
 VERSION = 1  # of the files and of what a log-prob means: a change of either makes earlier files useless
+SECONDS_BETWEEN_LINES = 30.0  # of the progress bar in a log file
 PART = 1024  # samples in a file, about: what a kill may cost
 
 
@@ -119,9 +121,14 @@ def precompute(answers: Answers, logprobs: Logprobs, folder: Path, name: str) ->
     if jax.process_count() > 1:
         done, table = multihost_utils.broadcast_one_to_all((done, table))
         table = np.array(table)
-    quiet = True if done == total or jax.process_index() != 0 else None
     part = size * max(1, PART // size)
-    with tqdm(total=total, initial=int(done), desc=f"reference log-probs of {name}", disable=quiet) as bar:
+    with tqdm(
+        total=total,
+        initial=int(done),
+        desc=f"reference log-probs of {name}",
+        disable=done == total or jax.process_index() != 0,
+        mininterval=0.2 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
+    ) as bar:
         for first in range(int(done), total, part):
             last = min(first + part, total)
             for start in range(first, last, size):

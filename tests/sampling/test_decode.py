@@ -221,8 +221,9 @@ def test_rows_that_only_fill_the_batch_get_no_response():
 
 def test_the_cache_grows_to_what_is_needed_and_changes_nothing(monkeypatch):
     assert cache_sizes(100, 16) == [116]
-    assert cache_sizes(100, 128) == [132, 164, 196, 228]
-    assert cache_sizes(7, 70) == [31, 54, 77]
+    assert cache_sizes(100, 128) == [164, 228]
+    assert cache_sizes(100, 1000) == [350, 600, 850, 1100]
+    assert cache_sizes(7, 71) == [43, 78]
     expected = sample()
     monkeypatch.setattr(decode, "MIN_GROWTH", 5)
     grown = make_sampler(CFG, SamplingConfig(max_new_tokens=12), stop_ids=(), pad_id=PAD)
