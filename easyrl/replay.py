@@ -89,7 +89,7 @@ def replay_ppo(config: Config, arrays: Mapping[str, np.ndarray], facts: dict[str
     batch = as_tree(PPOBatch, arrays)
     models = [find(config, head, settings) for head in ("lm", "value")]
     schedule = (settings.lr_schedule, facts["total_updates"], facts["warmup_updates"])
-    optimizers = [
+    policy_optimizer, value_optimizer = optimizers = [
         make_optimizer(settings.optimizer, make_schedule(schedule[0], lr, *schedule[1:]))
         for lr in (values["lr"], values["value_lr"] or values["lr"])
     ]
@@ -100,8 +100,10 @@ def replay_ppo(config: Config, arrays: Mapping[str, np.ndarray], facts: dict[str
     )
     kl_coef: Any = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
     state = restore(PPOState(policy, value, kl_coef))
-    cfgs = [model.cfg for model in models]
-    update = make_update(*cfgs, ppo, *optimizers, mesh, train_policy=not facts["frozen"])
+    policy_cfg, value_cfg = (model.cfg for model in models)
+    update = make_update(
+        policy_cfg, value_cfg, ppo, policy_optimizer, value_optimizer, mesh, train_policy=not facts["frozen"]
+    )
     _, metrics = run_updates(
         update, state, put(batch.rollout, replicated(mesh)), batch.prompt_lengths + batch.response_lengths,
         size=values["mini_batch_size"], epochs=0 if values["generate_only"] else values["ppo_epochs"],
@@ -118,8 +120,16 @@ OFFLINE = {
             model.cfg, optimizer, mesh, from_dict(RewardLossConfig, flags), pad_id=model.pad_id
         ),
     ),
-    "AnswerBatch": (AnswerBatch, "lm", lambda model, *a: make_dpo_step(model.cfg, *a[:2], from_dict(DPOConfig, a[2]))),
-    "KTOBatch": (KTOBatch, "lm", lambda model, *a: make_kto_step(model.cfg, *a[:2], from_dict(DPOConfig, a[2]))),
+    "AnswerBatch": (
+        AnswerBatch, "lm", lambda model, optimizer, mesh, flags: make_dpo_step(
+            model.cfg, optimizer, mesh, from_dict(DPOConfig, flags)
+        ),
+    ),
+    "KTOBatch": (
+        KTOBatch, "lm", lambda model, optimizer, mesh, flags: make_kto_step(
+            model.cfg, optimizer, mesh, from_dict(DPOConfig, flags)
+        ),
+    ),
 }  # fmt: skip
 
 
