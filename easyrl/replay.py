@@ -8,6 +8,7 @@ are the same.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -22,17 +23,20 @@ from easyrl.core.distributed import DistributedConfig, say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import RunFailed, UserError
 from easyrl.core.sharding import make_mesh, num_data_shards, put, replicated
-from easyrl.hf.refs import FoundModel, find_model, parse_ref
+from easyrl.data.packing import pack_mixed
+from easyrl.hf.refs import FoundModel, find_model, load_weights, parse_ref
+from easyrl.models.branch import trained_layers
 from easyrl.models.families import param_specs
 from easyrl.runtime.flight import PPOBatch
 from easyrl.runtime.metrics import fetch
 from easyrl.runtime.offline import OfflineConfig, learning_rate
 from easyrl.runtime.recording import as_tree, load_recording
-from easyrl.runtime.run_config import RunConfig, rows_per_pass
+from easyrl.runtime.run_config import RunConfig, compute_settings, rows_per_pass
 from easyrl.steps.dpo import AnswerBatch, DPOConfig, make_dpo_step
 from easyrl.steps.kto import KTOBatch, make_kto_step
 from easyrl.steps.optimizer import make_optimizer, make_schedule
-from easyrl.steps.ppo import PPOConfig, PPOState, make_update
+from easyrl.steps.packed import place_plans
+from easyrl.steps.ppo import PPOConfig, PPOState, branch_specs, make_forward, make_update
 from easyrl.steps.reward import RewardBatch, RewardLossConfig, make_reward_step
 from easyrl.steps.rollout import run_updates
 from easyrl.steps.sft import SFTBatch, make_sft_step
@@ -47,6 +51,9 @@ class Config:
 
     recording: str = flag("", "The file: rollouts/step-<n>.safetensors or batches/step-<n>.safetensors of a run.")
     load_checkpoint: str = flag("", "The state before the recorded step n: easyrl::RUN/checkpoints/<n - 1>.")
+    load_checkpoint_policy: str = flag(
+        "", "Where a run with --num_layers_unfrozen has its frozen layers from. Empty: as in the run's flags."
+    )
     mesh_dim: str = flag("", "Sizes of the mesh axes dp,fsdp,mp. Empty: those of the recorded run.")
     tolerance: float = flag(
         1e-5, "Largest difference between equals, relative to the recorded number where that is above 1.", least=0
@@ -81,13 +88,10 @@ def replay_ppo(config: Config, arrays: Mapping[str, np.ndarray], facts: dict[str
     """The metrics of all updates from a recorded rollout."""
     values = facts["config"]
     ppo, settings = from_dict(PPOConfig, values), from_dict(RunConfig, values)
-    if ppo.num_layers_unfrozen > 0:
-        raise UserError(
-            f"{config.recording}: is of a run with --num_layers_unfrozen={ppo.num_layers_unfrozen}, whose checkpoints "
-            "lack the frozen layers; expected one with whole models"
-        )
     batch = as_tree(PPOBatch, arrays)
-    models = [find(config, head, settings) for head in ("lm", "value")]
+    lengths, rows = batch.prompt_lengths + batch.response_lengths, rows_per_pass(settings, mesh)
+    start, bottom = find_bottom(config, values, ppo, settings, mesh)
+    models = [start or find(config.load_checkpoint, head, settings) for head in ("lm", "value")]
     schedule = (settings.lr_schedule, facts["total_updates"], facts["warmup_updates"])
     policy_optimizer, value_optimizer = optimizers = [
         make_optimizer(settings.optimizer, make_schedule(schedule[0], lr, *schedule[1:]))
@@ -95,21 +99,46 @@ def replay_ppo(config: Config, arrays: Mapping[str, np.ndarray], facts: dict[str
     ]
     dtype = DTYPES[settings.param_dtype]
     policy, value = (
-        abstract_train_state(param_specs(model.cfg, head), dtype, optimizer, mesh)
+        abstract_train_state(branch_specs(model.cfg, head, ppo), dtype, optimizer, mesh)
         for model, head, optimizer in zip(models, ("lm", "value"), optimizers, strict=True)
     )
     kl_coef: Any = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
     state = restore(PPOState(policy, value, kl_coef))
     policy_cfg, value_cfg = (model.cfg for model in models)
+    rollout = put(batch.rollout, replicated(mesh))
+    if bottom is not None:
+        # What leaves the bottom is too large to be recorded; of the program that computes it nothing else is read.
+        forward = make_forward(policy_cfg, policy_cfg, value_cfg, ppo, mesh)
+        plans = place_plans(pack_mixed(lengths, rollout.tokens.shape[1], rows), rows, len(lengths), mesh)
+        policy_params, value_params = state.policy.params, state.value.params
+        passes = forward(policy_params, policy_params, value_params, rollout.tokens, rollout.mask, plans, bottom=bottom)
+        rollout = rollout.replace(hidden=passes.hidden)
     update = make_update(
         policy_cfg, value_cfg, ppo, policy_optimizer, value_optimizer, mesh, train_policy=not facts["frozen"]
     )
     _, metrics = run_updates(
-        update, state, put(batch.rollout, replicated(mesh)), batch.prompt_lengths + batch.response_lengths,
+        functools.partial(update, bottom=bottom), state, rollout, lengths,
         size=values["mini_batch_size"], epochs=0 if values["generate_only"] else values["ppo_epochs"],
-        key=(settings.seed, facts["step"] - 1), rows=rows_per_pass(settings, mesh), mesh=mesh,
+        key=(settings.seed, facts["step"] - 1), rows=rows, mesh=mesh,
     )  # fmt: skip
     return metrics
+
+
+def find_bottom(
+    config: Config, values: Mapping[str, Any], ppo: PPOConfig, settings: RunConfig, mesh: Mesh
+) -> tuple[FoundModel | None, dict | None]:
+    """With --num_layers_unfrozen: the model that policy and value model both have the form of, and its frozen layers,
+    which no checkpoint has. (None, None) where all layers have been trained.
+    """
+    if ppo.num_layers_unfrozen <= 0:
+        return None, None
+    ref = config.load_checkpoint_policy or values["load_checkpoint_policy"]
+    start = find(ref, "lm", settings, flag="--load_checkpoint_policy")
+    lowest = trained_layers(start.cfg.num_layers, ppo.num_layers_unfrozen).start
+    if lowest == 0:
+        return None, None
+    dtype = DTYPES[settings.dtype]
+    return start, load_weights(start, mesh, head="lm", dtype=dtype, seed=settings.seed, layers=range(lowest))
 
 
 # Kind of a recorded batch -> its class, the model's head, and how its step is made of (model, optimizer, mesh, flags).
@@ -149,17 +178,16 @@ def replay_offline(
             "rows of a pass in the recording"
         )
     settings = from_dict(OfflineConfig, facts["config"])
-    model = find(config, head, settings)
+    model = find(config.load_checkpoint, head, settings)
     optimizer = make_optimizer(settings.optimizer, learning_rate(settings, facts["total"]))
     abstract = abstract_train_state(param_specs(model.cfg, head), DTYPES[settings.param_dtype], optimizer, mesh)
     batch = put(as_tree(kind, arrays), replicated(mesh))
     return make_step(model, optimizer, mesh, facts["config"])(restore(abstract), batch)[1]
 
 
-def find(config: Config, head: str, settings: RunConfig) -> FoundModel:
-    """The model of the checkpoint, set to compute as in the recorded run."""
-    compute = {"dtype": DTYPES[settings.dtype], "remat": settings.remat}
-    return find_model(config.load_checkpoint, head=head, compute=compute)
+def find(ref: str, head: str, settings: RunConfig, flag: str = "--load_checkpoint") -> FoundModel:
+    """A model, set to compute as in the recorded run."""
+    return find_model(ref, head=head, compute=compute_settings(settings), flag=flag)
 
 
 def compare(

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from easyrl.core.errors import UserError
+from easyrl.core.errors import RunFailed, UserError
+from tests.test_replay import start
 from tests.train_ppo.conftest import read_tensors, write_model
 
 FROZEN = ("embed_tokens", "layers.0.", "layers.1.")
@@ -22,7 +23,7 @@ def finished(run, policy, tmp_path_factory):
     """A run that broke off after its first step and went on."""
     flags = {
         "load_checkpoint_policy": f"hf::{policy}", "num_layers_unfrozen": 1, "dtype": "bf16", "kl_coef": 0.2,
-        "save_model_freq": 1, "output_dir": tmp_path_factory.mktemp("run"),
+        "save_model_freq": 1, "record_rollouts": 2, "output_dir": tmp_path_factory.mktemp("run"),
     }  # fmt: skip
     run(**flags, dies_before=2)
     return run(**flags)
@@ -60,6 +61,17 @@ def test_it_starts_from_the_reference_and_learns(finished):
 def test_a_checkpoint_of_the_top_alone_is_no_model(finished, run):
     with pytest.raises(UserError, match="holds the layers from 2 on, which --num_layers_unfrozen trained"):
         run(load_checkpoint_policy=f"easyrl::{finished.path}")
+
+
+def test_a_step_can_be_replayed_over_the_frozen_bottom(finished, materials, capsys):
+    recording, checkpoint = finished.path / "rollouts" / "step-2.safetensors", finished.path / "checkpoints" / "1"
+    start(recording, checkpoint, "--tolerance=0")
+    assert "ppo/policy/grad_norm" in capsys.readouterr().out
+    other = write_model(materials.folder / "other_layers", seed=5, num_layers=3)
+    with pytest.raises(RunFailed, match="metrics differ"):
+        start(recording, checkpoint, f"--load_checkpoint_policy=hf::{other}")
+    with pytest.raises(UserError, match="--load_checkpoint_policy=hf::/nowhere: no such folder"):
+        start(recording, checkpoint, "--load_checkpoint_policy=hf::/nowhere")
 
 
 def test_a_run_goes_on_from_models_that_share_the_bottom(finished, run):
