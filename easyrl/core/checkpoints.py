@@ -16,12 +16,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from easyrl.core.distributed import from_first, is_first
 from easyrl.core.errors import UserError
 from easyrl.core.files import sync, write_atomic
+from easyrl.core.params import path_str
 
 T = TypeVar("T")
 
@@ -123,9 +125,13 @@ def read_arrays(folder: epath.Path, step: int, abstract: Any) -> Any:
     )
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(path, args=arguments)
+            arrays = reader.restore(path, args=arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be restored: {error}") from error
+    for place, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        if isinstance(leaf, jax.ShapeDtypeStruct):  # what orbax gives for an array that is not there
+            raise UserError(f"{path}: cannot be restored: has no {path_str(place)}, expected {list(leaf.shape)}")
+    return arrays
 
 
 class Writer:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from easyrl.core.errors import UserError
+from easyrl.core.text import is_hub_id
 from easyrl.data.messages import BadRow, show
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -133,10 +134,16 @@ def open_source(path: str, part: Split = WHOLE) -> Source:
         if any((local / name).exists() for name in ("state.json", "dataset_dict.json")):
             return _open_saved(path, local, part)
         return _open_files(path, _files_in(path, local, part.name), part)
-    hub_id = re.fullmatch(r"[\w.\-]+(/[\w.\-]+){0,2}", path) and not path.startswith(".")
-    if path.endswith(SUFFIXES) or not hub_id:
+    repo, config = _hub_names(path)
+    if path.endswith(SUFFIXES) or not is_hub_id(repo) or not (config is None or is_hub_id(config)):
         raise UserError(f"{path}: no such file or folder")
     return _open_hub(path, part)
+
+
+def _hub_names(path: str) -> tuple[str, str | None]:
+    """`owner/name/config` as the id of a dataset and the name of its configuration, if one is given."""
+    repo, _, config = path.rpartition("/") if path.count("/") == 2 else (path, "", None)
+    return repo, config
 
 
 def _files_in(path: str, folder: Path, name: str) -> list[Path]:
@@ -302,7 +309,7 @@ def _open_hub(path: str, part: Split) -> Source:
     """A dataset of the Hugging Face hub, from its cache when there is no network."""
     import datasets
 
-    repo, config = (path.rsplit("/", 1)[0], path.rsplit("/", 1)[1]) if path.count("/") == 2 else (path, None)
+    repo, config = _hub_names(path)
     try:
         table = datasets.load_dataset(repo, config, split=part.name or "train")
     except Exception as error:  # network, names, configs and splits each raise a class of their own

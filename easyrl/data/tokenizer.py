@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from easyrl.core.errors import UserError
+from easyrl.core.text import is_file_name, is_hub_id
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
@@ -27,7 +28,7 @@ def load_tokenizer(ref: str, flag: str = "--tokenizer") -> Tokenizer:
         raise UserError(f"{flag}: found nothing, expected a folder with a tokenizer or a hub id")
     if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{flag}={ref}: found no tokenizer in this folder, expected tokenizer.json or tokenizer.model")
-    if path.is_file() or (not path.is_dir() and (ref.startswith(("/", ".", "~")) or ref.count("/") != 1)):
+    if path.is_file() or (not path.is_dir() and not (is_hub_id(ref) and "/" in ref)):
         found = "a file" if path.is_file() else "nothing there"
         raise UserError(f"{flag}={ref}: found {found}, expected a folder with a tokenizer or a hub id (owner/name)")
     try:
@@ -35,6 +36,9 @@ def load_tokenizer(ref: str, flag: str = "--tokenizer") -> Tokenizer:
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         found = " ".join(str(error).split())[:200]
         raise UserError(f"{flag}={ref}: no tokenizer can be loaded ({type(error).__name__}: {found})") from None
+    for name in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
+        if not is_file_name(name):  # an export writes each template into a file of that name
+            raise UserError(f"{flag}={ref}: has a chat template called {name!r}, expected the name of a file")
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()

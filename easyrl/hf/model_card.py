@@ -1,12 +1,13 @@
 """README.md of an exported model."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from easyrl.core.text import is_hub_id
 
 # head -> (the Hub's task, the class to load it with, what to do with the tokens of `inputs`)
 _USES = {
@@ -119,4 +120,4 @@ def _show(value: Any) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None and not Path(name).exists()
+    return is_hub_id(name) and "/" in name and not Path(name).exists()

@@ -8,7 +8,6 @@ it the folder of FILE has one.
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from jax.sharding import Mesh
 
 from easyrl.core.errors import UserError
 from easyrl.core.params import init_params
+from easyrl.core.text import is_hub_id
 from easyrl.hf import easylm as easylm_files
 from easyrl.hf.families import config_from_hf, read_config, read_pad_id, read_stop_ids
 from easyrl.hf.fields import read_json
@@ -31,7 +31,6 @@ from easyrl.models.branch import cut
 from easyrl.models.families import ModelConfig, param_specs
 
 KINDS = ("hf", "easyrl", "random", *easylm_files.KINDS)
-REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # what a Hub id looks like
 
 # What a model needs of a Hub repository. Pickled weights are never fetched, nor are second copies of the weights.
 HUB_FILES = (
@@ -120,7 +119,7 @@ def find_config(
 ) -> ModelConfig:
     """The configuration of the model that `ref` names, as in `find_model`; of a Hub id only config.json is fetched."""
     kind, target = parse_ref(ref, flag)
-    if kind != "hf" or Path(target).expanduser().is_dir() or not REPOSITORY.fullmatch(target):
+    if kind != "hf" or Path(target).expanduser().is_dir() or not is_hub_id(target):
         return find_model(ref, head=head, compute=compute, flag=flag).cfg
     try:
         path = hf_hub_download(target, "config.json")
@@ -207,7 +206,7 @@ def find_folder(target: str, flag: str = "--load_checkpoint") -> Path:
     directory = Path(target).expanduser()
     if directory.is_dir():
         return directory
-    if not REPOSITORY.fullmatch(target):
+    if not is_hub_id(target):
         raise UserError(f"{flag}=hf::{target}: no such folder")
     try:
         return Path(snapshot_download(target, allow_patterns=list(HUB_FILES)))

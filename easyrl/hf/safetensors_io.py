@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from easyrl.core.errors import UserError
+from easyrl.core.text import is_file_name
 from easyrl.hf.fields import read_json
 from easyrl.hf.layout import Slices
 
@@ -92,6 +93,10 @@ def _files(directory: Path) -> list[tuple[Path, set[str]]]:
         raise UserError(f"{directory / INDEX}: weight_map is missing, expected an object from tensor to file")
     expected: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
+        if not is_file_name(str(file)):
+            raise UserError(
+                f"{directory / INDEX}: has tensor {tensor} in {str(file)!r}, expected a file of this folder"
+            )
         expected.setdefault(str(file), set()).add(tensor)
     return [(directory / file, tensors) for file, tensors in sorted(expected.items())]
 

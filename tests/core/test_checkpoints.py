@@ -194,6 +194,9 @@ def test_damage_is_one_line_that_names_the_file(writer, folder):
     save(writer, 1)
     with pytest.raises(UserError, match=r"checkpoints/1/state: cannot be restored"):
         read_arrays(folder, 1, {"params": abstract_of(arrays(shape=(4, 4))["params"])})
+    params = abstract_of(arrays()["params"])
+    with pytest.raises(UserError, match=r"state: cannot be restored: has no params/v, expected \[16, 8\]"):
+        read_arrays(folder, 1, {"params": params | {"v": params["w"]}})
     (folder / "1" / "run.json").write_text('{"format": 99}')
     with pytest.raises(UserError, match=r"checkpoints/1/run.json: expected a checkpoint of format 1"):
         read_facts(folder, 1)
