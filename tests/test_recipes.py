@@ -18,13 +18,14 @@ from jax.sharding import AbstractMesh
 from easyrl import evaluate, generate, train_dpo, train_ppo, train_rm, train_sft
 from easyrl.core.config import load_config
 from easyrl.core.params import abstract, num_params, shardings
-from easyrl.core.sharding import MESH_AXES, parse_mesh_dim
+from easyrl.core.sharding import MESH_AXES, make_mesh, parse_mesh_dim
 from easyrl.hf.export import export_model
 from easyrl.hf.families import config_from_hf, read_config
 from easyrl.hf.presets import PRESETS
 from easyrl.models.families import param_specs
 from easyrl.models.heads import lm_logits, scalar
 from easyrl.models.trunk import trunk
+from easyrl.plan import script_plan
 from easyrl.runtime import report
 from easyrl.steps.optimizer import make_optimizer, make_schedule
 from tests.offline import metrics_of, run_script, write_rows
@@ -90,15 +91,16 @@ def test_a_full_size_config_holds_together(name):
             assert sum(leaf.size for leaf in jax.tree.leaves(state)) >= 2 * num_params(specs)
 
 
-def bytes_held(name):
-    """Of a run on all devices together: 16 for a trained parameter, 2 for a frozen one."""
+def bytes_held(name, trained=16, frozen=2):
+    """Of a run on all devices together: `trained` for a trained parameter, `frozen` for a frozen one."""
     script, _, models = RECIPES[name]
     count = lambda flag, head: num_params(param_specs(config_from_hf(PRESETS[models[flag][0]], flag), head))
     if script is not train_ppo:
-        return 16 * count("load_checkpoint", models["load_checkpoint"][1])
+        return trained * count("load_checkpoint", models["load_checkpoint"][1])
     # The value model starts from the reward model, or, where that has another tokenizer, from the policy.
     value = REWARD if models[REWARD][1] == "value" else POLICY
-    return 18 * count(POLICY, "lm") + 16 * count(value, "value") + 2 * count(REWARD, "reward")
+    in_training = count(POLICY, "lm") + count(value, "value")
+    return trained * in_training + frozen * (count(POLICY, "lm") + count(REWARD, "reward"))
 
 
 def test_the_documented_memory():
@@ -109,6 +111,18 @@ def test_the_documented_memory():
     assert figures.keys() == RECIPES.keys() - {"gpt2_large_retry_best_of_n"}
     for name in figures.keys() - {"bloomz_7b1_ppo"}:
         assert figures[name] == pytest.approx(bytes_held(name), rel=0.03), name
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"gpt2_large_retry_best_of_n", "bloomz_7b1_ppo"}))
+def test_the_planner_finds_as_much(name):
+    """Weights and Adam's moments that one of eight devices holds, by the planner, which compiles nothing for that."""
+    script, _, models = RECIPES[name]
+    refs = [f"--{flag}=random::{preset}" for flag, (preset, _) in models.items()]
+    config = load_config(script.Config, [f"--config={CONFIGS / name}.yaml", "--mesh_dim=1,8,1", *refs])
+    held = script_plan(script.__name__.rpartition(".")[2], config, make_mesh("1,8,1"), 1.0).resident_bytes()
+    trained, frozen = (bytes_held(name, trained, frozen) for trained, frozen in ((12, 0), (0, 2)))
+    assert 8 * (held["weights"] + held["optimizer"]) == pytest.approx(trained, rel=0.02)
+    assert 8 * held.get("frozen weights", 0) == pytest.approx(frozen, rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------------ the twins

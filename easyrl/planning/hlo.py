@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 BITS = {"pred": 8, "token": 0, "opaque": 0}  # beside the types whose name ends in their number of bits
 
@@ -191,18 +191,35 @@ def _closing(text: str, start: int) -> int:
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
     """How often a `while` runs when the program itself says so; None when that depends on data.
 
-    Either XLA has noted it, or the condition compares a counter, which starts at a constant and goes up by one, with a
-    constant.
+    Either XLA has noted it, or the condition compares a counter, which starts at a constant and goes up by another,
+    with a constant. (A product that is computed while its shards travel goes around by two.)
     """
     noted = _KNOWN_TRIPS.search(loop.attributes)
     if noted:
         return int(noted.group(1))
-    condition = module.computations[loop.called["condition"]]
+    condition, body = (module.computations[loop.called[role]] for role in ("condition", "body"))
     compared = _compared(module, condition)
     if compared is None:
         return None
-    start, stop = (_constant(condition, computation, loop, name) for name in compared)
-    return None if start is None or stop is None else max(stop - start, 0)
+
+    def outside(_: int, element: int | None) -> int | None:
+        """What the loop starts with."""
+        carried = computation.resolve(loop.operands[0])
+        if carried.opcode != "tuple" or element is None:
+            return None
+        return _integer(module, computation, carried.operands[element], _unknown)
+
+    start, stop = (_integer(module, condition, name, outside) for name in compared)
+    counter = condition.resolve(compared[0])
+    if start is None or stop is None or counter.opcode != "get-tuple-element":
+        return None
+    results = body.resolve(body.root.name)
+    if results.opcode != "tuple":
+        return None
+    following = _integer(module, body, results.operands[_element(counter)], outside)
+    if following is None or following <= start:
+        return None
+    return max(-(-(stop - start) // (following - start)), 0)
 
 
 def _compared(module: Module, condition: Computation) -> tuple[str, str] | None:
@@ -223,19 +240,48 @@ def _compared(module: Module, condition: Computation) -> tuple[str, str] | None:
     return first, second
 
 
-def _constant(condition: Computation, outside: Computation, loop: Instruction, name: str) -> int | None:
-    """The value of `name` in a loop's condition as the loop starts, if a constant."""
-    instruction = condition.resolve(name)
-    if instruction.opcode == "get-tuple-element":
-        carried = outside.resolve(loop.operands[0])
-        if carried.opcode != "tuple":
+# What is known of a computation's arguments: (number of the parameter, element of it if a tuple) -> its value.
+Arguments = Callable[[int, int | None], int | None]
+
+
+def _unknown(number: int, element: int | None) -> None:
+    return None
+
+
+def _integer(module: Module, part: Computation, name: str, arguments: Arguments) -> int | None:
+    """The value of a scalar of integers, where it follows from constants and known arguments alone."""
+    instruction = part.resolve(name)
+    opcode, operands = instruction.opcode, instruction.operands
+    if opcode == "constant":
+        text = instruction.literal.strip()
+        return int(text) if re.fullmatch(r"-?\d+", text) else None
+    if opcode == "parameter":
+        return arguments(int(instruction.literal), None)
+    if opcode in ("add", "subtract"):
+        one, other = (_integer(module, part, operand, arguments) for operand in operands)
+        if one is None or other is None:
             return None
-        index = re.search(r"index=(\d+)", instruction.attributes)
-        assert index is not None, instruction
-        instruction = outside.resolve(carried.operands[int(index.group(1))])
-    if instruction.opcode != "constant" or not re.fullmatch(r"-?\d+", instruction.literal.strip()):
+        return one + other if opcode == "add" else one - other
+    element = None
+    if opcode == "get-tuple-element":
+        element, instruction = _element(instruction), part.resolve(operands[0])
+        if instruction.opcode == "parameter":
+            return arguments(int(instruction.literal), element)
+        if instruction.opcode == "tuple":
+            return _integer(module, part, instruction.operands[element], arguments)
+    if instruction.opcode != "fusion":
         return None
-    return int(instruction.literal)
+    fused = module.computations[instruction.called["calls"]]
+    given = instruction.operands
+    inside = lambda number, _: _integer(module, part, given[number], arguments)
+    return _integer(module, fused, fused.root.name if element is None else fused.root.operands[element], inside)
+
+
+def _element(instruction: Instruction) -> int:
+    """Of a tuple, which one a `get-tuple-element` takes."""
+    index = re.search(r"index=(\d+)", instruction.attributes)
+    assert index is not None, instruction
+    return int(index.group(1))
 
 
 def convolution_flops(module_part: Computation, instruction: Instruction) -> int:

@@ -70,6 +70,48 @@ def test_a_loop_whose_trip_count_is_data_runs_as_often_as_it_is_said_to():
         cost_of(loop, (16, 16), ())
 
 
+@pytest.mark.parametrize(("start", "stop", "trips"), [(0, 8, 4), (0, 9, 5), (3, 8, 3), (9, 8, 0)])
+@pytest.mark.parametrize("after", ["add(%count, %two)", "fusion(%two, %count), kind=kLoop, calls=%sum"])
+def test_a_counter_may_go_up_by_more_than_one(start, stop, trips, after):
+    """As in a product that is computed while its shards travel, two of them at a time."""
+    text = f"""HloModule two
+
+%sum (step: s32[], before: s32[]) -> s32[] {{
+  %step = s32[] parameter(0)
+  %before = s32[] parameter(1)
+  ROOT %after = s32[] add(%before, %step)
+}}
+
+%body (carried: (f32[4,4], s32[], s32[])) -> (f32[4,4], s32[], s32[]) {{
+  %carried = (f32[4,4], s32[], s32[]) parameter(0)
+  %x = f32[4,4] get-tuple-element(%carried), index=0
+  %count = s32[] get-tuple-element(%carried), index=1
+  %two = s32[] get-tuple-element(%carried), index=2
+  %product = f32[4,4] dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %next = s32[] {after}
+  ROOT %results = (f32[4,4], s32[], s32[]) tuple(%product, %next, %two)
+}}
+
+%condition (inspected: (f32[4,4], s32[], s32[])) -> pred[] {{
+  %inspected = (f32[4,4], s32[], s32[]) parameter(0)
+  %now = s32[] get-tuple-element(%inspected), index=1
+  %stop = s32[] constant({stop})
+  ROOT %goes_on = pred[] compare(%now, %stop), direction=LT
+}}
+
+ENTRY %main (y: f32[4,4]) -> f32[4,4] {{
+  %y = f32[4,4] parameter(0)
+  %start = s32[] constant({start})
+  %by = s32[] constant(2)
+  %begin = (f32[4,4], s32[], s32[]) tuple(%y, %start, %by)
+  %loop = (f32[4,4], s32[], s32[]) while(%begin), condition=%condition, body=%body
+  ROOT %result = f32[4,4] get-tuple-element(%loop), index=0
+}}
+"""
+    cost = program_cost(parse_module(text), {"dp": 1}, Loops({}), None)
+    assert cost[""].flops == trips * 2 * 4**3
+
+
 def test_of_two_branches_the_dearer_one_counts():
     cost = cost_of(lambda p, x: jax.lax.cond(p > 0, lambda y: jnp.tanh(y @ y) @ y, lambda y: y @ y, x), (), (16, 16))
     assert cost[""].flops == 2 * 2 * 16**3
