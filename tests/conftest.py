@@ -25,6 +25,18 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO), os.environ.g
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "run the models of all tests, where they may choose how to attend, in this way (blocks or splash)"
+    parser.addoption("--attention", choices=("blocks", "splash"), help=help)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if way := config.getoption("--attention"):
+        from tests import attention  # starts JAX, for which the environment above had to be set
+
+        attention.use(way)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real models and data sets, if any: $EASYRL_TEST_DATA, or shared/data beside the checkout."""

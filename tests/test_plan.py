@@ -100,6 +100,23 @@ def test_offline_trainers(script, phases):
     assert 0.9 < report.waste(report.measured[-1]) < 1.6
 
 
+def test_online_dpo():
+    report = report_of(
+        "--script=train_dpo", "--online", "--mesh_dim=1,4,2", "--load_checkpoint_reward=random::debug",
+        "--max_continuation_len=32", *OFFLINE,
+    )  # fmt: skip
+    measured = {m.phase.name: m for m in report.measured}
+    assert list(measured) == ["sampling", "reward", "reference", "step"]
+    assert all(m.phase.runs == 1 for m in report.measured)
+    assert report.plan.tokens == 2 * 16 * (128 + 32)
+    assert measured["sampling"].phase.arguments[-1].shape == (2 * 16,)
+    resident, held = report.plan.resident_bytes(), report.plan.resident
+    frozen = sum(device_bytes(held[name][1]) for name in ("reference", "reward model 1"))
+    assert resident["frozen weights"] == frozen
+    for name in ("sampling", "reference", "step"):
+        assert 0.9 < report.waste(measured[name]) < 1.6, name
+
+
 def test_the_command_writes_a_table_and_json(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "easyrl.plan", "--script=train_sft", "--topology=cpu:4", f"--json={tmp_path / 'p.json'}",

@@ -1,4 +1,7 @@
-"""The phases of `train_sft`, `train_rm` and `train_dpo`: the step, and what a reference says of the answers."""
+"""The phases of `train_sft`, `train_rm` and `train_dpo`: the step, and what a reference says of the answers.
+
+With `train_dpo --online` also sampling and reward models. A pair is taken for told in every case: all are learnt from.
+"""
 
 from typing import Any
 
@@ -6,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from easyrl.core.dtypes import DTYPES
-from easyrl.core.errors import UserError
 from easyrl.core.params import abstract
 from easyrl.data.loader import LANES
 from easyrl.data.packing import most_rows
@@ -14,6 +16,8 @@ from easyrl.hf.refs import find_config
 from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.planning.phases import Phase, ScriptPlan, pack_plan, packed_loops, remat_share, trained, whole
+from easyrl.planning.rollout import frozen_rewards, reward_phases, sampling_phase
+from easyrl.rewards.online import EACH
 from easyrl.runtime.run_config import compute_settings, rows_per_pass
 from easyrl.steps.dpo import KTO, AnswerBatch, make_answer_logprobs, make_dpo_step
 from easyrl.steps.kto import KTOBatch, make_kto_step
@@ -24,8 +28,7 @@ from easyrl.steps.sft import SFTBatch, make_sft_step
 
 def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     """What one step of an offline trainer with this config runs, when sequences are `fill` as long as they may be."""
-    if getattr(config, "online", False):
-        raise UserError("--online: sampling during DPO is not planned yet, expected a data set of pairs")
+    online = getattr(config, "online", False)
     rows = rows_per_pass(config, mesh)
     compute = compute_settings(config)
     cfg = find_config(config.load_checkpoint, compute=compute)
@@ -34,8 +37,8 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
     )
     per_sample = 1 if unpaired else 2
     data = config.train_dataset
-    T = data.seq_length
-    length = data.row_length or -(-T * per_sample // LANES) * LANES
+    T = config.longest[1]
+    length = data.row_length or (T * EACH if online else -(-T * per_sample // LANES) * LANES)
     samples = data.batch_size
     if data.batch_rows:  # as many samples as fill the rows
         samples = max(int(data.batch_rows * length / (fill * T * per_sample)), 1)
@@ -52,6 +55,10 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
     flops, size = ForwardFlops(cfg), fill * T
     forward = B * flops.sequence(size, logits=size if head == "lm" else 0)
     phases: list[Phase] = []
+    if online:
+        rewards = reward_phases(config, B, T, mesh, fill)
+        phases = [sampling_phase(config, config.sampling, EACH, "model", mesh, cfg, model.state.params, fill), *rewards]
+        resident |= frozen_rewards(rewards)
 
     batch: Any
     if script == "train_sft":
@@ -67,9 +74,10 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
     if script == "train_dpo":
         passes += forward if unpaired else 0  # the mismatched answers, without a gradient
         if config.reads_reference:
-            phases.append(_reference(config, mesh, cfg, model.state.params, compute, (tokens, mask, plan), loops, B))
-            if not config.precompute_reference:
-                resident["reference"] = ("frozen weights", phases[0].arguments[0])
+            asked = (tokens, mask, plan)
+            phases.append(_reference(config, mesh, cfg, model.state.params, compute, asked, loops, B, size))
+            if not config.asks_beforehand:
+                resident["reference"] = ("frozen weights", phases[-1].arguments[0])
     phases.append(
         Phase(
             "step", program, (model.state, batch), runs=1, loops=loops, necessary=passes,
@@ -80,22 +88,23 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
 
 
 def _reference(
-    config: Any, mesh: Mesh, cfg: Any, params: dict, compute: dict, batch: tuple, loops: dict, sequences: int
-) -> Phase:
-    """Asking the reference about a batch: in every step, or about all data before the optimizer's state is made."""
-    tokens, mask, plan = batch
+    config: Any, mesh: Mesh, cfg: Any, params: dict, compute: dict, batch: tuple, loops: dict, sequences: int,
+    length: float,
+) -> Phase:  # fmt: skip
+    """Asking the reference about a batch of sequences that are `length` tokens long on average: in every step, or about
+    all data before the optimizer's state is made.
+    """
     if config.load_checkpoint_reference:
         found = {**compute, "remat": "none"}
         cfg = find_config(config.load_checkpoint_reference, compute=found, flag="--load_checkpoint_reference")
-    if config.load_checkpoint_reference or not config.precompute_reference:
+    if config.load_checkpoint_reference or not config.asks_beforehand:
         params = abstract(param_specs(cfg, "lm"), DTYPES[config.dtype], mesh)
-    length = tokens.shape[1]
     return Phase(
         "reference",
         make_answer_logprobs(cfg, mesh),
-        (params, tokens, mask, plan),
-        runs=0 if config.precompute_reference else 1,
+        (params, *batch),
+        runs=0 if config.asks_beforehand else 1,
         loops=loops,
         necessary=sequences * ForwardFlops(cfg).sequence(length, logits=length),
-        before=config.precompute_reference,
+        before=config.asks_beforehand,
     )

@@ -1,0 +1,92 @@
+"""The phases that trainers with responses of their own have in common: sampling, and what reward models say of it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from easyrl.core.dtypes import DTYPES
+from easyrl.core.params import abstract
+from easyrl.core.sharding import DECODE_RULES, num_data_shards
+from easyrl.data.tokenizer import parse_ids
+from easyrl.hf.refs import find_config
+from easyrl.models.config import ModelConfig
+from easyrl.models.families import param_specs
+from easyrl.planning.memory import device_bytes, item_size
+from easyrl.planning.necessary import ForwardFlops
+from easyrl.planning.phases import Phase, pack_plan, packed_loops, whole
+from easyrl.runtime.run_config import compute_settings, rows_per_pass
+from easyrl.sampling.decode import SamplingConfig, cache_sizes, loop_name, make_sampler
+from easyrl.steps.reward import make_scorer
+
+
+def sampling_phase(
+    config: Any, sampling: SamplingConfig, each: int, logprob_space: str, mesh: Mesh, cfg: ModelConfig, params: dict,
+    fill: float,
+) -> Phase:  # fmt: skip
+    """One call of the sampler, `each` responses to a prompt. Its loops run to the end of the longest response, whatever
+    the others' length.
+    """
+    N, P, C = config.train_dataset.batch_size, config.train_dataset.seq_length, config.max_continuation_len
+    B = each * N
+    sample = make_sampler(
+        cfg, sampling, stop_ids=parse_ids(config.stop_ids, cfg.vocab_size, "--stop_ids") or (0,),
+        logprob_space=logprob_space, num_samples=each, mesh=mesh,
+    )  # fmt: skip
+    host = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    sizes = cache_sizes(P, C)
+    # The first token comes from the prefill, so the last size sees one step less.
+    steps = [size - before for before, size in zip([P, *sizes], [*sizes[:-1], sizes[-1] - 1], strict=False)]
+    flops = ForwardFlops(cfg)
+    cache = 2 * cfg.num_layers * B * (P + C) * cfg.num_kv_heads * cfg.head_size * item_size(cfg.dtype)
+    return Phase(
+        "sampling",
+        sample,
+        (params, host(N, P), host(N), key, host(B)),
+        runs=1,
+        loops={loop_name(size): float(trips) for size, trips in zip(sizes, steps, strict=True)},
+        necessary=N * flops.sequence(fill * P) + B * flops.head + B * flops.decoding(fill * P, fill * (C - 1)),
+        parts={
+            "cache": cache / (num_data_shards(mesh) * math.gcd(mesh.shape["mp"], cfg.num_kv_heads)),
+            "decoding weights": device_bytes(abstract(param_specs(cfg, "lm"), cfg.dtype, mesh, DECODE_RULES)),
+        },
+    )
+
+
+def reward_refs(config: Any) -> list[str]:
+    """What --load_checkpoint_reward names."""
+    return [ref.strip() for ref in config.load_checkpoint_reward.split(",") if ref.strip()]
+
+
+def reward_phases(config: Any, responses: int, length: int, mesh: Mesh, fill: float) -> list[Phase]:
+    """What each reward model says of this many responses, which with their prompts have up to `length` tokens.
+
+    The first argument of each phase is the model's weights.
+    """
+    rows = rows_per_pass(config, mesh)
+    compute = {**compute_settings(config), "remat": "none"}
+    tokens, plan = whole(mesh, jnp.int32, responses, length), pack_plan(mesh, responses, rows, length)
+    phases = []
+    for number, ref in enumerate(reward_refs(config), 1):
+        cfg = find_config(ref, compute=compute, flag="--load_checkpoint_reward")
+        params = abstract(param_specs(cfg, "reward"), DTYPES[config.dtype], mesh)
+        phases.append(
+            Phase(
+                f"reward {number}" if number > 1 else "reward",
+                make_scorer(cfg, mesh, None),
+                (params, tokens, whole(mesh, jnp.int32, responses), plan),
+                runs=1,
+                loops=packed_loops(responses, rows, length, fill),
+                necessary=responses * ForwardFlops(cfg).sequence(fill * length),
+            )
+        )
+    return phases
+
+
+def frozen_rewards(phases: Sequence[Phase]) -> dict[str, tuple[str, Any]]:
+    """The reward models of these phases, as `ScriptPlan.resident` has what lies in memory all the time."""
+    return {f"reward model {i}": ("frozen weights", phase.arguments[0]) for i, phase in enumerate(phases, 1)}
