@@ -23,7 +23,7 @@ from easyrl.core.distributed import DistributedConfig, from_first, is_first, qui
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
 from easyrl.core.files import check_writable, write_atomic
-from easyrl.core.sharding import make_mesh, num_data_shards
+from easyrl.core.sharding import make_mesh
 from easyrl.data.dataset import PackedDatasetConfig, load_dataset
 from easyrl.data.generations import Generation, read_generations, side_by_side
 from easyrl.data.messages import BadRow
@@ -143,7 +143,6 @@ def load_scorer(config: Config) -> tuple[Callable[[Sequence[np.ndarray]], np.nda
         mesh,
         max_length=max_length,
         num_sequences=config.batch_size,
-        rows=num_data_shards(mesh),
         pad_id=found.pad_id,
     )
 

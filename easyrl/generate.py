@@ -161,7 +161,7 @@ def main(config: Config) -> None:
 
     # ------------------------------------------------------------ weights, device programs, what is done already
     params = load_weights(model, mesh, head="lm", dtype=dtype, seed=config.seed)
-    sources = found.load(mesh, dtype=dtype, batch_size=size * config.each, rows=shards) if found else []
+    sources = found.load(mesh, dtype=dtype, batch_size=size * config.each) if found else []
     sample = make_sampler(
         model.cfg, sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), num_samples=config.each, mesh=mesh
     )

@@ -23,7 +23,7 @@ from easyrl.core.distributed import DistributedConfig, say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import RunFailed, UserError
 from easyrl.core.sharding import make_mesh, num_data_shards, put, replicated
-from easyrl.data.packing import pack_mixed
+from easyrl.data.packing import pack_groups
 from easyrl.hf.refs import FoundModel, find_model, load_weights, parse_ref
 from easyrl.models.branch import trained_layers
 from easyrl.models.families import param_specs
@@ -31,7 +31,7 @@ from easyrl.runtime.flight import PPOBatch
 from easyrl.runtime.metrics import fetch
 from easyrl.runtime.offline import OfflineConfig, learning_rate
 from easyrl.runtime.recording import as_tree, load_recording
-from easyrl.runtime.run_config import RunConfig, compute_settings, rows_per_pass
+from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
 from easyrl.steps.dpo import AnswerBatch, DPOConfig, make_dpo_step
 from easyrl.steps.kto import KTOBatch, make_kto_step
 from easyrl.steps.optimizer import make_optimizer, make_schedule
@@ -89,7 +89,7 @@ def replay_ppo(config: Config, arrays: Mapping[str, np.ndarray], facts: dict[str
     values = facts["config"]
     ppo, settings = from_dict(PPOConfig, values), from_dict(RunConfig, values)
     batch = as_tree(PPOBatch, arrays)
-    lengths, rows = batch.prompt_lengths + batch.response_lengths, rows_per_pass(settings, mesh)
+    lengths = batch.prompt_lengths + batch.response_lengths
     start, bottom = find_bottom(config, values, ppo, settings, mesh)
     models = [start or find(config.load_checkpoint, head, settings) for head in ("lm", "value")]
     schedule = (settings.lr_schedule, facts["total_updates"], facts["warmup_updates"])
@@ -106,10 +106,12 @@ def replay_ppo(config: Config, arrays: Mapping[str, np.ndarray], facts: dict[str
     state = restore(PPOState(policy, value, kl_coef))
     policy_cfg, value_cfg = (model.cfg for model in models)
     rollout = put(batch.rollout, replicated(mesh))
+    width, size = rollout.tokens.shape[1], values["mini_batch_size"]
     if bottom is not None:
         # What leaves the bottom is too large to be recorded; of the program that computes it nothing else is read.
         forward = make_forward(policy_cfg, policy_cfg, value_cfg, ppo, mesh)
-        plans = place_plans(pack_mixed(lengths, rollout.tokens.shape[1], rows), rows, len(lengths), mesh)
+        shapes = find_shapes(settings, mesh, width, sequences=len(lengths))
+        plans = place_plans(pack_groups(lengths, width, shapes), shapes, len(lengths), mesh)
         policy_params, value_params = state.policy.params, state.value.params
         passes = forward(policy_params, policy_params, value_params, rollout.tokens, rollout.mask, plans, bottom=bottom)
         rollout = rollout.replace(hidden=passes.hidden)
@@ -118,8 +120,8 @@ def replay_ppo(config: Config, arrays: Mapping[str, np.ndarray], facts: dict[str
     )
     _, metrics = run_updates(
         functools.partial(update, bottom=bottom), state, rollout, lengths,
-        size=values["mini_batch_size"], epochs=0 if values["generate_only"] else values["ppo_epochs"],
-        key=(settings.seed, facts["step"] - 1), rows=rows, mesh=mesh,
+        size=size, epochs=0 if values["generate_only"] else values["ppo_epochs"],
+        key=(settings.seed, facts["step"] - 1), shapes=find_shapes(settings, mesh, width, sequences=size), mesh=mesh,
     )  # fmt: skip
     return metrics
 

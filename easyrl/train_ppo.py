@@ -25,7 +25,7 @@ from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
 from easyrl.core.sharding import fetch, make_mesh, num_data_shards, put, replicated
 from easyrl.data.dataset import DatasetConfig
-from easyrl.data.packing import Plan, pack_mixed, padding_share
+from easyrl.data.packing import pack_groups, padding_share
 from easyrl.data.prompts import PromptBatch, PromptDataset
 from easyrl.data.templates import load_template
 from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id, parse_ids
@@ -48,13 +48,13 @@ from easyrl.runtime.metrics import PhaseTimer
 from easyrl.runtime.ppo_card import ppo_card
 from easyrl.runtime.progress import progress_hook
 from easyrl.runtime.report import write_report
-from easyrl.runtime.run_config import RunConfig, compute_settings, rows_per_pass
+from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
 from easyrl.runtime.run_dir import make_run_dir
 from easyrl.runtime.trackers import start_trackers, tracker_hooks
 from easyrl.runtime.troubles import Troubles
 from easyrl.sampling.decode import SamplingConfig, make_sampler
 from easyrl.steps.optimizer import make_optimizer, make_schedule
-from easyrl.steps.packed import PackPlan, place_plans
+from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import PPOConfig, PPOState, branch_specs, make_finish, make_forward, make_update
 from easyrl.steps.rollout import SampledBatch, join_samples, run_updates, self_check
 from easyrl.steps.state import abstract_train_state, create_train_state
@@ -142,7 +142,6 @@ def main(config: Config) -> None:
         config = assets.fill_in(config)
     # ------------------------------------------------------------ mesh, output
     mesh = make_mesh(config.mesh_dim)
-    rows = rows_per_pass(config, mesh)
     if config.num_responses % num_data_shards(mesh):
         raise UserError(
             f"--train_dataset.batch_size x rollouts_per_prompt={config.num_responses}: does not divide by dp x fsdp = "
@@ -153,6 +152,10 @@ def main(config: Config) -> None:
     # ------------------------------------------------------------ what there is: everything but the weights
     dtype, param_dtype = DTYPES[config.dtype], DTYPES[config.param_dtype]
     max_length = config.train_dataset.seq_length + config.max_continuation_len
+    shapes, update_shapes = (
+        find_shapes(config, mesh, max_length, sequences=sequences)
+        for sequences in (config.num_responses, config.mini_batch_size)
+    )
 
     def find(ref: str, name: str) -> FoundModel:
         head = "value" if name == "value" else "lm"
@@ -206,7 +209,7 @@ def main(config: Config) -> None:
     # ------------------------------------------------------------ frozen weights
     unfrozen = config.num_layers_unfrozen
     frozen = load_frozen(policy, reference, value, unfrozen, mesh, dtype=dtype, seed=config.seed)
-    sources = found_sources.load(mesh, dtype=dtype, batch_size=config.num_responses, rows=rows)
+    sources = found_sources.load(mesh, dtype=dtype, batch_size=config.num_responses, rows=config.micro_batch_size)
 
     # ------------------------------------------------------------ schedule, state
     steps_per_epoch = min(prompts.steps_per_epoch, config.max_steps_per_epoch or prompts.steps_per_epoch)
@@ -278,10 +281,6 @@ def main(config: Config) -> None:
         sampled = join_samples(batch.tokens, batch.lengths, samples, pad_id=pad_id(tokenizer))
         return sampled, reward_batch(batch, sampled, tokenizer)
 
-    def place(plans: tuple[Plan, ...]) -> tuple[PackPlan, ...]:
-        """Plans of all responses on the devices."""
-        return place_plans(plans, rows, config.num_responses, mesh)
-
     def ppo_step(state: PPOState, numbered: tuple[int, PromptBatch]) -> tuple[PPOState, dict[str, Any]]:
         nonlocal checked
         (step, batch), timer = numbered, PhaseTimer()
@@ -289,18 +288,18 @@ def main(config: Config) -> None:
             sampled, responses = respond(state.policy.params, batch, step)
 
         with timer.phase("score"):
-            plans = pack_mixed(sampled.lengths, max_length, rows)
+            plans = pack_groups(sampled.lengths, max_length, shapes)
             tokens, mask = put((sampled.tokens, sampled.mask), whole)
             models = (state.policy.params, frozen.reference, state.value.params)
-            passes = forward(*models, tokens, mask, place(plans))
+            passes = forward(*models, tokens, mask, place_plans(plans, shapes, len(tokens), mesh))
             # While the device runs the passes, the host scores.
             scored, moments.value = score_responses(responses, sources, weights, config, moments.value)
             learnt, rewards = put((sampled.mask & scored.keep[:, None], scored.rewards), whole)
             rollout, kl_coef, rollout_metrics = finish(tokens, learnt, passes, rewards, state.kl_coef)
 
         if not checked and bool(fetch(rollout.finite)):  # of another nothing is learnt
-            unpacked = pack_mixed(sampled.lengths, max_length, rows, packed=False)
-            again = forward(*models, tokens, mask, place(unpacked))
+            unpacked = pack_groups(sampled.lengths, max_length, shapes, packed=False)
+            again = forward(*models, tokens, mask, place_plans(unpacked, shapes, len(tokens), mesh))
             same_start = step == 0 and reference_ref == config.load_checkpoint_policy
             self_check(sampled, rollout, passes, again, same_start=same_start, dtype=dtype, stop_ids=stop_ids)
             checked = True
@@ -311,13 +310,14 @@ def main(config: Config) -> None:
             with_hidden = rollout.replace(hidden=passes.hidden)  # large, and gone with this step
             state, update_metrics = run_updates(
                 update, state, with_hidden, sampled.lengths, size=config.mini_batch_size,
-                epochs=0 if config.generate_only else config.ppo_epochs, key=(config.seed, step), rows=rows, mesh=mesh,
+                epochs=0 if config.generate_only else config.ppo_epochs, key=(config.seed, step),
+                shapes=update_shapes, mesh=mesh,
             )  # fmt: skip
 
         log_samples(step + 1, "train", responses, scored, config.logged_samples)
         metrics = {**scored.metrics, **rollout_metrics, **update_metrics, **timer.metrics()}
         metrics["tokens/ended_share"] = float(sampled.ended.mean())
-        metrics["tokens/padding_share"] = padding_share(plans, rows)
+        metrics["tokens/padding_share"] = padding_share(plans, shapes)
         metrics["ppo/learning_rate"] = float(policy_lr(step * updates_per_step))
         metrics["tokens"] = int(sampled.lengths.sum())
         if step + 1 == total_steps or (config.eval_freq and (step + 1) % config.eval_freq == 0):

@@ -25,7 +25,9 @@ class ModelBenchConfig(BenchConfig):
     mesh_dim: str = flag("1,-1,1", "Sizes of the mesh axes dp,fsdp,mp.")
     remat: str = flag("none", "What the backward pass recomputes.", choices=("none", "dots", "full"))
     micro_batch_size: int = flag(
-        0, "Packed rows in one forward and backward pass; a multiple of dp x fsdp. 0: dp x fsdp.", least=0
+        0,
+        "Packed rows in one forward and backward pass; a multiple of dp x fsdp. 0: enough for 1,024 tokens a device.",
+        least=0,
     )
     warmup: int = flag(2, "Laps that are not counted, compilation among them.", least=1)
     repeats: int = flag(5, "Laps that are counted.", least=1)

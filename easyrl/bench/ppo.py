@@ -20,7 +20,7 @@ from easyrl.bench.shapes import head_flops, trunk_flops
 from easyrl.bench.workloads import END, w1_prompts, w4_prompts
 from easyrl.core.config import flag
 from easyrl.core.sharding import make_mesh, num_data_shards, put, replicated
-from easyrl.data.packing import pack_mixed
+from easyrl.data.packing import group_shapes, pack_groups
 from easyrl.models.families import param_specs
 from easyrl.models.llama import LlamaConfig
 from easyrl.runtime.metrics import PhaseTimer
@@ -66,7 +66,10 @@ def main(config: Config) -> None:
         )  # fmt: skip
     new_tokens = {"w1": 128, "w4": 256}.get(config.workload, config.new_tokens)
     num_samples, width = len(batches[0]), longest + new_tokens
-    rows = config.micro_batch_size or num_data_shards(mesh)
+    shapes, update_shapes = (
+        group_shapes(width, num_data_shards(mesh), rows=config.micro_batch_size, sequences=sequences)
+        for sequences in (num_samples, config.mini_batch_size)
+    )
     ids = np.arange(num_samples, dtype=np.int32)
 
     # ------------------------------------------------------------ models
@@ -76,7 +79,7 @@ def main(config: Config) -> None:
     reference = place_model(cfg, "lm", mesh, config.dtype, ends=real)
     scorer = SequenceScorer(
         place_model(cfg, "reward", mesh, config.dtype), cfg, mesh,
-        max_length=width, num_sequences=num_samples, rows=rows,
+        max_length=width, num_sequences=num_samples, rows=config.micro_batch_size,
     )  # fmt: skip
 
     with benchmark(config, "ppo") as laps:
@@ -103,7 +106,7 @@ def main(config: Config) -> None:
                 sampled = join_samples(prompts, lengths, samples, pad_id=0)
             with timer.phase("score"):
                 tokens, mask = put((sampled.tokens, sampled.mask), whole)
-                plans = place_plans(pack_mixed(sampled.lengths, width, rows), rows, num_samples, mesh)
+                plans = place_plans(pack_groups(sampled.lengths, width, shapes), shapes, num_samples, mesh)
                 passes = forward(state.policy.params, reference, state.value.params, tokens, mask, plans)
                 scores = scorer([row[:length] for row, length in zip(sampled.tokens, sampled.lengths, strict=True)])
                 rollout, _, metrics = finish(tokens, mask, passes, put(scores, whole), state.kl_coef)
@@ -111,7 +114,7 @@ def main(config: Config) -> None:
             with timer.phase("update"):
                 state, metrics = run_updates(
                     update, state, rollout, sampled.lengths, size=config.mini_batch_size, epochs=1, key=(0, number),
-                    rows=rows, mesh=mesh,
+                    shapes=update_shapes, mesh=mesh,
                 )  # fmt: skip
                 jax.block_until_ready((state, metrics))
             return _work(cfg, sampled)

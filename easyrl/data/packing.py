@@ -4,14 +4,19 @@ A batch lies padded in memory, [B, T] with sequence b in row b. A plan says whic
 [R, S]: `steps.packed` gathers by it on the device and scatters results back, so no token is copied on the host.
 """
 
+import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-SHORTEST_ROW = 128  # of `row_lengths`
-MOST_ROW_LENGTHS = 3
+MOST_SHAPES = 3  # of the groups that a batch is packed into: each is one more loop to compile
+SHORTEST_ROW = 128
+GROUP_TOKENS = 1024  # a device's share of a group, unless the flags say otherwise
+GROUP_COST = 128  # what a group costs whatever its tokens (adding up its gradients), in tokens a device
+
+Row = list[int]  # the sequences that lie in a packed row, in order
 
 
 class Plan(NamedTuple):
@@ -42,35 +47,57 @@ def pack(lengths: np.ndarray, width: int, row_length: int, *, together: int = 1)
     belong together do not fit into one row.
     """
     lengths = _checked(lengths, width, together)
-    units = best_fit(lengths.reshape(-1, together).sum(axis=1), row_length)
-    rows = [[unit * together + k for unit in row for k in range(together)] for row in units]
+    bins = best_fit(lengths.reshape(-1, together).sum(axis=1), row_length)
+    rows = [[unit * together + k for unit in row for k in range(together)] for (row,) in bins]
     return _lay_out(rows, lengths, width, row_length)
 
 
-def best_fit(totals: np.ndarray, row_length: int) -> list[list[int]]:
-    """The units of each row, by best fit decreasing, for units of `totals` tokens; empty units are in none.
+def best_fit(lengths: np.ndarray, row_length: int, together: int = 1) -> list[list[Row]]:
+    """Bins of `together` rows, filled by best fit decreasing: the longest unit first, into the fullest bin with room.
 
-    Depends on the totals alone. Raises ValueError for a unit longer than a row.
+    A unit is `together` consecutive sequences, which go into one bin, each into the fullest row that has room for it.
+    Empty sequences are nowhere. Depends on the lengths alone. Raises ValueError for a sequence longer than a row.
     """
-    if totals.size and totals.max() > row_length:
+    if lengths.size and lengths.max() > row_length:
         raise ValueError(
-            f"a row has {row_length} places, expected at least {totals.max()}, to hold unit {totals.argmax()}"
+            f"a row has {row_length} places, expected at least {lengths.max()}, to hold sequence {lengths.argmax()}"
         )
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free places, row), ascending
+    sizes = lengths.tolist()
+    totals = lengths.reshape(-1, together).sum(axis=1)
+    bins: list[list[Row]] = []
+    free: list[list[int]] = []  # places of every bin's rows that are free
+    room: list[tuple[int, int]] = []  # (free places, bin), ascending
     for unit in np.argsort(-totals, kind="stable").tolist():
         total = int(totals[unit])
         if total == 0:
             break
-        best = bisect_left(room, (total, -1))
-        if best == len(room):
-            rows.append([])
-            free, row = row_length, len(rows) - 1
+        sequences = [k for k in range(unit * together, (unit + 1) * together) if sizes[k]]
+        for place in range(bisect_left(room, (total, -1)), len(room)):
+            number = room[place][1]
+            if (rows := _fit(sequences, sizes, free[number])) is not None:
+                del room[place]
+                break
         else:
-            free, row = room.pop(best)
-        rows[row].append(unit)
-        insort(room, (free - total, row))
-    return rows
+            number, rows = len(bins), list(range(len(sequences)))
+            bins.append([[] for _ in range(together)])
+            free.append([row_length] * together)
+        for sequence, row in zip(sequences, rows, strict=True):
+            bins[number][row].append(sequence)
+            free[number][row] -= sizes[sequence]
+        insort(room, (sum(free[number]), number))
+    return bins
+
+
+def _fit(sequences: Sequence[int], sizes: Sequence[int], free: Sequence[int]) -> list[int] | None:
+    """The row for each sequence, the longest first into the fullest row that has room; None if one finds none."""
+    left, rows = list(free), dict[int, int]()
+    for sequence in sorted(sequences, key=lambda k: -sizes[k]):
+        fitting = [row for row, places in enumerate(left) if places >= sizes[sequence]]
+        if not fitting:
+            return None
+        rows[sequence] = min(fitting, key=left.__getitem__)
+        left[rows[sequence]] -= sizes[sequence]
+    return [rows[sequence] for sequence in sequences]
 
 
 def one_per_row(lengths: np.ndarray, width: int, row_length: int, *, together: int = 1) -> Plan:
@@ -80,51 +107,105 @@ def one_per_row(lengths: np.ndarray, width: int, row_length: int, *, together: i
     return _lay_out([row for row in rows if lengths[row].any()], lengths, width, row_length)
 
 
-def row_lengths(longest: int) -> tuple[int, ...]:
-    """The lengths of rows that a batch of sequences up to `longest` is packed into: it, and its halves down to 128.
+class Shape(NamedTuple):
+    """The shape of a group, which is what a model is run on at once: so many packed rows of so many tokens."""
 
-    Short rows take what long ones leave over, so that a small minibatch pads little. Every length is one more loop to
-    compile.
-    """
+    rows: int
+    length: int
+
+
+def row_lengths(longest: int) -> tuple[int, ...]:
+    """The lengths of rows for sequences up to `longest`: it, and its halves down to 128."""
     lengths = [longest]
-    while lengths[-1] % 2 == 0 and lengths[-1] >= 2 * SHORTEST_ROW and len(lengths) < MOST_ROW_LENGTHS:
+    while lengths[-1] % 2 == 0 and lengths[-1] >= 2 * SHORTEST_ROW and len(lengths) < MOST_SHAPES:
         lengths.append(lengths[-1] // 2)
     return tuple(lengths)
 
 
-def pack_mixed(lengths: np.ndarray, width: int, rows: int, *, packed: bool = True) -> tuple[Plan, ...]:
-    """A padded batch in rows of `row_lengths(width)`, one plan for each length, and each sequence in one of them.
+def group_shapes(
+    longest: int, shards: int = 1, *, rows: int = 0, together: int = 1, sequences: int | None = None
+) -> tuple[Shape, ...]:
+    """The shapes of groups for sequences up to `longest` tokens: one for the bulk of a batch, and lesser ones for what
+    it leaves over, so that a small batch pads little.
 
-    Sequences are packed into rows of each length in turn (longer ones get a row of their own), every row shrinks to the
-    least length that holds it, and the length that leaves the fewest places is taken, in groups of `rows` rows. With
-    `packed=False` each sequence has a row of its own.
+    Args:
+      shards: devices that share the rows of a group: every shape has a multiple of so many rows, and of `together`.
+      rows: rows of the first shape; 0: enough for GROUP_TOKENS tokens a device.
+      together: sequences that are to be in one group, each in a row.
+      sequences: how many there are at most; no shape has more rows than they need.
+
+    Raises ValueError when `rows` is not such a multiple.
     """
-    lengths = _checked(lengths, width, 1)
-    choices = row_lengths(width)
+    least = math.lcm(shards, together)
+    bulk = rows or least * max(1, GROUP_TOKENS * shards // (least * longest))
+    if bulk % least:
+        raise ValueError(f"{rows} rows: expected a multiple of {least}")
+    if sequences is not None:
+        bulk = min(bulk, least * max(1, -(-sequences // least)))
+    lengths = row_lengths(longest)
+    if bulk == least:
+        return tuple(Shape(least, length) for length in lengths)
+    worth = SHORTEST_ROW * shards // least  # a lesser group would cost more than it spares
+    return (Shape(bulk, longest), *(Shape(least, length) for length in lengths[:2] if length >= worth))
 
-    def by_length(target: int) -> dict[int, list[list[int]]]:
-        own_row = [[unit] for unit in np.flatnonzero(lengths > (target if packed else 0)).tolist()]
-        together = best_fit(np.where(lengths <= target, lengths, 0), target) if packed else []
-        found: dict[int, list[list[int]]] = {choice: [] for choice in choices}
-        for row in own_row + together:
-            filled = int(lengths[row].sum())
-            found[min(choice for choice in choices if choice >= filled)].append(row)
+
+def rows_of_shapes(
+    lengths: np.ndarray, shapes: Sequence[Shape], *, together: int = 1, packed: bool = True
+) -> list[list[Row]]:
+    """The rows of every shape that hold sequences of these `lengths`; consecutive ones are a group.
+
+    Bins of `together` rows are filled to each of the shapes' lengths in turn (a unit with a longer sequence has a bin
+    of its own), every bin shrinks to the least length that holds its rows, and the length is taken that leaves the
+    least to compute. With `packed=False` every sequence has a row of its own.
+    """
+    units = lengths.reshape(-1, together)
+    choices = sorted({shape.length for shape in shapes})
+    least = min(shape.rows for shape in shapes)
+
+    def cost(shape: Shape, num_rows: int) -> int:
+        return -(-num_rows // shape.rows) * (shape.rows * shape.length + GROUP_COST * least)
+
+    def fill(target: int) -> list[list[Row]]:
+        shared = packed & (units.max(axis=1, initial=0) <= target)
+        bins = best_fit(np.where(shared[:, None], units, 0).reshape(-1), target, together)
+        alone = np.flatnonzero(~shared & units.any(axis=1))
+        bins += [[[k] for k in range(unit * together, (unit + 1) * together)] for unit in alone.tolist()]
+        by_length: dict[int, list[Row]] = {length: [] for length in choices}
+        for rows in bins:
+            longest = max(int(lengths[row].sum()) for row in rows)
+            by_length[min(length for length in choices if length >= longest)] += rows
+        found = []
+        for shape in shapes:
+            rows = by_length[shape.length]
+            rest = len(rows) % shape.rows
+            lesser = [other for other in shapes if other.length == shape.length and other.rows < shape.rows]
+            keep = len(rows) - rest if lesser and cost(lesser[0], rest) < cost(shape, rest) else len(rows)
+            found.append(rows[:keep])
+            by_length[shape.length] = rows[keep:]
         return found
 
-    def places(found: dict[int, list[list[int]]]) -> int:
-        return sum(-(-len(found[choice]) // rows) * rows * choice for choice in choices)
-
-    best = min(map(by_length, reversed(choices)), key=places)
-    return tuple(_lay_out(best[choice], lengths, width, choice) for choice in choices)
+    total = lambda found: sum(cost(shape, len(rows)) for shape, rows in zip(shapes, found, strict=True))
+    return min(map(fill, choices), key=total)
 
 
-def padding_share(plans: Iterable[Plan], rows_multiple: int) -> float:
-    """`Plan.padding_share` of several plans together."""
-    tokens = places = 0
-    for plan in plans:
-        rows, length = plan.source.shape
-        places += -(-rows // rows_multiple) * rows_multiple * length
-        tokens += int(np.count_nonzero(plan.segment_ids))
+def pack_groups(
+    lengths: np.ndarray, width: int, shapes: Sequence[Shape], *, together: int = 1, packed: bool = True
+) -> tuple[Plan, ...]:
+    """A padded batch packed into groups of these `shapes`: a plan for each. The arguments are those of `pack` and
+    `rows_of_shapes`.
+    """
+    lengths = _checked(lengths, width, together)
+    rows = rows_of_shapes(lengths, shapes, together=together, packed=packed)
+    return tuple(_lay_out(some, lengths, width, shape.length) for shape, some in zip(shapes, rows, strict=True))
+
+
+def padding_share(plans: Sequence[Plan], shapes: Sequence[Shape]) -> float:
+    """The share of the places that no token takes, in the groups of these `shapes` that the plans need."""
+    tokens = sum(int(np.count_nonzero(plan.segment_ids)) for plan in plans)
+    places = sum(
+        -(-len(plan.source) // shape.rows) * shape.rows * shape.length
+        for plan, shape in zip(plans, shapes, strict=True)
+    )
     return 1.0 - tokens / max(places, 1)
 
 

@@ -17,7 +17,7 @@ from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.planning.phases import Phase, ScriptPlan, pack_plan, packed_loops, remat_share, trained, whole
 from easyrl.planning.rollout import frozen_rewards, reward_phases, reward_refs, sampling_phase
-from easyrl.runtime.run_config import compute_settings, rows_per_pass
+from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.optimizer import make_optimizer, make_schedule
 from easyrl.steps.ppo import KEPT, PPOState, branch_specs, make_finish, make_forward, make_update
@@ -25,7 +25,6 @@ from easyrl.steps.ppo import KEPT, PPOState, branch_specs, make_finish, make_for
 
 def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     """What one step of `train_ppo` with this config runs, when sequences are `fill` as long as they may be."""
-    rows = rows_per_pass(config, mesh)
     dtype, param_dtype = DTYPES[config.dtype], DTYPES[config.param_dtype]
     compute = compute_settings(config)
 
@@ -74,6 +73,9 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     below = ForwardFlops(dataclasses.replace(policy_cfg, num_layers=len(shared))) if shared else None
     length = fill * T
     tokens, mask = whole(mesh, jnp.int32, B, T), whole(mesh, jnp.bool_, B, T)
+    # Of the shapes that groups may have, the one for the bulk.
+    rows = find_shapes(config, mesh, T, sequences=B)[0].rows
+    update_rows = find_shapes(config, mesh, T, sequences=config.mini_batch_size)[0].rows
     plan, passes_loops = pack_plan(mesh, B, rows, T), packed_loops(B, rows, T, fill)
     forward = make_forward(policy_cfg, ref_cfg, value_cfg, config, mesh)
     forward_arguments = (policy.state.params, ref_params, value.state.params, tokens, mask, plan, bottom)
@@ -106,9 +108,9 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
         Phase(
             "update",
             make_update(policy_cfg, value_cfg, config, policy_optimizer, value_optimizer, mesh),
-            (state, rollout, pack_plan(mesh, M, rows, T), whole(mesh, jnp.bool_), bottom),
+            (state, rollout, pack_plan(mesh, M, update_rows, T), whole(mesh, jnp.bool_), bottom),
             runs=config.ppo_epochs * B / M,
-            loops=packed_loops(M, rows, T, fill),
+            loops=packed_loops(M, update_rows, T, fill),
             necessary=3 * sum(update_flops.values()),
             recomputed=remat_share(policy_cfg) * sum(update_flops.values()),
             parts={"gradients": max(policy.gradients(), value.gradients())},

@@ -18,7 +18,7 @@ from easyrl.models.families import param_specs
 from easyrl.planning.memory import device_bytes, item_size
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.planning.phases import Phase, pack_plan, packed_loops, whole
-from easyrl.runtime.run_config import compute_settings, rows_per_pass
+from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.sampling.decode import SamplingConfig, cache_sizes, loop_name, make_sampler
 from easyrl.steps.reward import make_scorer
 
@@ -67,7 +67,7 @@ def reward_phases(config: Any, responses: int, length: int, mesh: Mesh, fill: fl
 
     The first argument of each phase is the model's weights.
     """
-    rows = rows_per_pass(config, mesh)
+    rows = find_shapes(config, mesh, length, sequences=responses)[0].rows
     compute = {**compute_settings(config), "remat": "none"}
     tokens, plan = whole(mesh, jnp.int32, responses, length), pack_plan(mesh, responses, rows, length)
     phases = []

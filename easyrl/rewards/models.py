@@ -55,10 +55,12 @@ def find_reward_models(
     return models
 
 
-def load_reward_model(model: RewardModel, mesh: Mesh, *, dtype: str, seed: int, batch_size: int, rows: int) -> Source:
+def load_reward_model(
+    model: RewardModel, mesh: Mesh, *, dtype: str, seed: int, batch_size: int, rows: int = 0
+) -> Source:
     """The model as a source, frozen in the format `dtype`.
 
-    `batch_size` sequences are scored at a time in groups of `rows` packed rows. Raises UserError naming the file at
+    `batch_size` sequences are scored at a time, `rows` as of `SequenceScorer`. Raises UserError naming the file at
     fault; `seed` is for a random model.
     """
     params = load_weights(model.found, mesh, head="reward", dtype=dtype, seed=seed)
@@ -89,7 +91,7 @@ class FoundSources:
         for function in self.functions:
             function.check(columns)
 
-    def load(self, mesh: Mesh, *, dtype: str, batch_size: int, rows: int) -> list[Source]:
+    def load(self, mesh: Mesh, *, dtype: str, batch_size: int, rows: int = 0) -> list[Source]:
         """The sources, models first, in the order of `weights`. See `load_reward_model`."""
         models = (
             load_reward_model(model, mesh, dtype=dtype, seed=number, batch_size=batch_size, rows=rows)

@@ -10,6 +10,7 @@ from easyrl.core.distributed import DistributedConfig
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
 from easyrl.core.sharding import num_data_shards
+from easyrl.data.packing import Shape, group_shapes
 from easyrl.runtime.trackers import LoggerConfig
 from easyrl.steps.optimizer import OptimizerConfig
 
@@ -37,7 +38,8 @@ class RunConfig:
         "", "Folder of the run; given again, the run goes on. Empty: runs/<script>-<date>-<time>.", may_change=True
     )
     micro_batch_size: int = flag(
-        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp. 0: dp x fsdp.",
+        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp. 0: enough for "
+        "1,024 tokens a device.",
         least=0, may_change=True,
     )  # fmt: skip
     max_bad_steps: int = flag(
@@ -88,6 +90,20 @@ class RunConfig:
 def compute_settings(config: RunConfig) -> dict[str, Any]:
     """How the models of a run compute: what `hf.refs.find_model` takes as `compute`."""
     return {"dtype": DTYPES[config.dtype], "remat": config.remat, "attention": config.attention}
+
+
+def find_shapes(
+    config: RunConfig, mesh: Mesh, longest: int, *, together: int = 1, sequences: int | None = None
+) -> tuple[Shape, ...]:
+    """`data.packing.group_shapes` as --micro_batch_size and the mesh have it. Raises UserError when they do not fit."""
+    shards, rows = num_data_shards(mesh), config.micro_batch_size
+    try:
+        return group_shapes(longest, shards, rows=rows, together=together, sequences=sequences)
+    except ValueError:
+        raise UserError(
+            f"--micro_batch_size={rows}: does not divide by dp x fsdp = {shards} of --mesh_dim={config.mesh_dim}"
+            + (f", and by {together}, for pairs" if together > 1 else "")
+        ) from None
 
 
 def rows_per_pass(config: RunConfig, mesh: Mesh) -> int:

@@ -5,7 +5,7 @@ groups of a fixed shape by a loop whose trip count is data: one compiled program
 many groups as the batch has tokens for.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyrl.core.sharding import put, replicated
-from easyrl.data.packing import Plan
+from easyrl.data.packing import Plan, Shape
 
 Array = jax.Array
 
@@ -41,12 +41,15 @@ class PackPlan(flax.struct.PyTreeNode):
         return PackPlan(pick(self.source_GRS), pick(self.positions_GRS), pick(self.segment_ids_GRS), self.count)
 
 
-Plans = PackPlan | tuple[PackPlan, ...]  # one plan, or one for each of several row lengths
+Plans = PackPlan | tuple[PackPlan, ...]  # one plan, or one for each shape of groups
 
 
-def place_plans(plans: Iterable[Plan], rows: int, sequences: int, mesh: Mesh) -> tuple[PackPlan, ...]:
-    """Host plans of several row lengths for up to `sequences` sequences in all, in groups of `rows` rows."""
-    return tuple(place_plan(*plan, rows, -(-sequences // rows), mesh) for plan in plans)
+def place_plans(plans: Sequence[Plan], shapes: Sequence[Shape], sequences: int, mesh: Mesh) -> tuple[PackPlan, ...]:
+    """Host plans of groups of these `shapes`, which hold up to `sequences` sequences in all, on every device."""
+    return tuple(
+        place_plan(*plan, shape.rows, -(-sequences // shape.rows), mesh)
+        for plan, shape in zip(plans, shapes, strict=True)
+    )
 
 
 def place_plan(source: np.ndarray, positions: np.ndarray, segment_ids: np.ndarray, rows: int, groups: int, mesh: Mesh):

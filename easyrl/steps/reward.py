@@ -23,8 +23,8 @@ from easyrl.algos.preference import pairwise_loss, pointwise_loss
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean, constant_mean
-from easyrl.core.sharding import Shard, fetch, put, replicated
-from easyrl.data.packing import Plan, pack_mixed
+from easyrl.core.sharding import Shard, fetch, num_data_shards, put, replicated
+from easyrl.data.packing import Plan, group_shapes, pack_groups
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.models.heads import scalar
 from easyrl.models.trunk import trunk
@@ -212,7 +212,7 @@ class SequenceScorer:
       params: of `param_specs(cfg, "reward")`, on `mesh`.
       max_length: the most tokens of a sequence, and the length of the longest packed rows.
       num_sequences: scored in one call of the compiled program; more are scored in several.
-      rows: packed rows in one pass, a multiple of the devices that share the batch.
+      rows: packed rows in one pass, a multiple of the devices that share the batch. 0: as `group_shapes` has it.
       pad_id: the pad token of the model's config.json, which no score is read at.
 
     One program serves every batch, and runs as many passes as the batch has tokens for.
@@ -226,11 +226,12 @@ class SequenceScorer:
         *,
         max_length: int,
         num_sequences: int,
-        rows: int,
+        rows: int = 0,
         pad_id: int | None = None,
     ):
         self._params, self._mesh = params, mesh
-        self._max_length, self._num_sequences, self._rows = max_length, num_sequences, rows
+        self._max_length, self._num_sequences = max_length, num_sequences
+        self._shapes = group_shapes(max_length, num_data_shards(mesh), rows=rows, sequences=num_sequences)
         self._score = make_scorer(cfg, mesh, pad_id)
 
     def __call__(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
@@ -253,7 +254,7 @@ class SequenceScorer:
         lengths = np.zeros(self._num_sequences, np.int32)
         for row, sequence in enumerate(sequences):
             tokens[row, : len(sequence)], lengths[row] = sequence, len(sequence)
-        plans = pack_mixed(lengths, self._max_length, self._rows)
+        plans = pack_groups(lengths, self._max_length, self._shapes)
         whole = put((tokens, lengths), replicated(self._mesh))
-        placed = place_plans(plans, self._rows, self._num_sequences, self._mesh)
+        placed = place_plans(plans, self._shapes, self._num_sequences, self._mesh)
         return fetch(self._score(self._params, *whole, placed))[: len(sequences)]

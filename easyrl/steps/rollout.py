@@ -1,7 +1,7 @@
 """PPO's host side: sampled responses laid out for training, minibatches, and the check before the first update."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean, add_metrics
 from easyrl.core.sharding import fetch, put, replicated
-from easyrl.data.packing import pack_mixed
+from easyrl.data.packing import Shape, pack_groups
 from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import Passes, PPOState, Rollout
 
@@ -78,18 +78,18 @@ def lengths_of(lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 def run_updates(
     update: Callable, state: PPOState, rollout: Rollout, lengths: np.ndarray, *, size: int, epochs: int,
-    key: tuple[int, ...], rows: int, mesh: Mesh,
+    key: tuple[int, ...], shapes: Sequence[Shape], mesh: Mesh,
 ) -> tuple[PPOState, dict[str, Mean]]:  # fmt: skip
     """All updates from one rollout of samples with these `lengths` [B]: `epochs` passes over it in minibatches of
-    `size`, in an order drawn from `key`, each packed into groups of `rows` rows.
+    `size`, in an order drawn from `key`, each packed into groups of these `shapes`.
 
     Metrics are means over all minibatches; {} when there are none.
     """
     width = rollout.tokens.shape[1]
     stopped, metrics = put(np.zeros((), bool), replicated(mesh)), dict[str, Mean]()
     for chosen in minibatches(len(lengths), size, epochs, key):
-        plans = pack_mixed(lengths_of(lengths, chosen), width, rows)
-        state, stopped, new = update(state, rollout, place_plans(plans, rows, size, mesh), stopped)
+        plans = pack_groups(lengths_of(lengths, chosen), width, shapes)
+        state, stopped, new = update(state, rollout, place_plans(plans, shapes, size, mesh), stopped)
         metrics = add_metrics(metrics, new) if metrics else new
     return state, metrics
 

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from easyrl.data.packing import most_rows, one_per_row, pack, pack_mixed, padding_share, row_lengths
+from easyrl.data.packing import (
+    best_fit,
+    group_shapes,
+    most_rows,
+    one_per_row,
+    pack,
+    pack_groups,
+    padding_share,
+    row_lengths,
+    rows_of_shapes,
+)
 
 
 def random_lengths(seed, together=1):
@@ -78,13 +88,37 @@ def test_rows_are_halved_down_to_128():
     assert row_lengths(255) == (255,) and row_lengths(20) == (20,)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"longest": 2048}, [(1, 2048), (1, 1024), (1, 512)]),
+        ({"longest": 256}, [(4, 256), (1, 256), (1, 128)]),
+        ({"longest": 256, "sequences": 3}, [(3, 256), (1, 256), (1, 128)]),
+        ({"longest": 256, "rows": 1}, [(1, 256), (1, 128)]),
+        ({"longest": 256, "together": 2}, [(4, 256), (2, 256), (2, 128)]),
+        ({"longest": 512, "shards": 8, "rows": 32}, [(32, 512), (8, 512), (8, 256)]),
+        ({"longest": 4096, "shards": 8, "together": 2}, [(8, 4096), (8, 2048), (8, 1024)]),
+        ({"longest": 40, "sequences": 16}, [(16, 40)]),
+    ],
+)
+def test_groups_have_one_shape_for_the_bulk_and_lesser_ones(arguments, expected):
+    assert list(group_shapes(**arguments)) == expected
+
+
+def test_rows_that_devices_cannot_share_are_refused():
+    with pytest.raises(ValueError, match="3 rows: expected a multiple of 2"):
+        group_shapes(256, 2, rows=3)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("rows", [2, 4])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_mixed_rows_hold_every_token_once(seed, packed, rows):
-    lengths = np.random.default_rng(seed).integers(0, 513, 9)
-    plans = pack_mixed(lengths, 512, rows, packed=packed)
-    assert [plan.source.shape[1] for plan in plans] == [512, 256, 128]
+def test_groups_hold_every_token_once(seed, packed, rows, together):
+    lengths = np.random.default_rng(seed).integers(0, 513, 10)
+    shapes = group_shapes(512, rows=rows, together=together)
+    plans = pack_groups(lengths, 512, shapes, together=together, packed=packed)
+    assert [plan.source.shape[1] for plan in plans] == [shape.length for shape in shapes]
     sources = np.concatenate([plan.source[plan.source >= 0] for plan in plans])
     expected = [b * 512 + t for b, length in enumerate(lengths) for t in range(length)]
     assert sorted(sources.tolist()) == expected
@@ -92,17 +126,40 @@ def test_mixed_rows_hold_every_token_once(seed, packed, rows):
         inside = plan.source >= 0
         assert ((plan.source - plan.positions)[inside] % 512 == 0).all()
         assert packed or (plan.segment_ids <= 1).all()
+    for plan, shape in zip(plans, shapes, strict=True):  # and those that belong together in one group
+        units = [
+            set((group[group >= 0] // 512 // together).tolist())
+            for group in np.split(plan.source, range(shape.rows, len(plan.source), shape.rows))
+        ]
+        assert sum(map(len, units)) == len(set().union(*units))
 
 
-def test_a_small_minibatch_of_mixed_rows_pads_little():
+def test_the_bulk_goes_into_large_groups_and_the_rest_into_small_ones():
+    shapes = group_shapes(256)
+    rows = rows_of_shapes(np.full(9, 250), shapes)
+    assert [len(some) for some in rows] == [8, 1, 0]
+    assert [len(some) for some in rows_of_shapes(np.full(7, 250), shapes)] == [7, 0, 0]  # not three small ones
+    assert [len(some) for some in rows_of_shapes(np.array([250, 60, 60]), shapes)] == [0, 1, 1]
+
+
+def test_sequences_of_a_unit_take_different_rows_of_a_bin():
+    lengths = np.array([200, 250, 30, 5, 26, 1])
+    assert best_fit(lengths, 256, 2) == [[[0, 2, 4], [1, 3, 5]]]
+    assert best_fit(np.array([250, 200, 0, 0]), 256, 2) == [[[0], [1]]]
+
+
+def test_a_small_minibatch_pads_little():
     """Eight sequences of log-normal lengths, as in a PPO minibatch: rows of one length waste twice as much and more."""
     rng = np.random.default_rng(0)
+    shapes = group_shapes(512)
     mixed, single = [], []
     for _ in range(50):
         lengths = np.clip(rng.lognormal(4.8, 0.6, 8), 16, 512).astype(int)
-        mixed.append(padding_share(pack_mixed(lengths, 512, 1), 1))
+        mixed.append(padding_share(pack_groups(lengths, 512, shapes), shapes))
         single.append(pack(lengths, 512, 512).padding_share())
-    assert np.mean(mixed) < 0.12 < np.mean(single) / 1.5
+    assert np.mean(mixed) < 0.13 < np.mean(single) / 1.4
+    rows = group_shapes(512, rows=1)
+    assert padding_share(pack_groups(lengths, 512, rows), rows) <= mixed[-1]
 
 
 def test_nothing_to_pack():
