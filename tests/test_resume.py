@@ -1,6 +1,8 @@
 """A run of SFT that broke off and went on is the run that never did. tests/torture.py has the other trainers."""
 
+import contextlib
 import errno
+import io
 import shutil
 
 import jax
@@ -58,7 +60,12 @@ def assert_identical(run, expected):
 
 @pytest.fixture(scope="module")
 def unbroken(folder):
-    return start(folder, folder / "unbroken")
+    """A whole run; what it printed is in `unbroken.log` beside it."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        run = start(folder, folder / "unbroken", logger__tensorboard=True)
+    (folder / "unbroken.log").write_text(printed.getvalue())
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +150,6 @@ def test_a_disk_that_fails_costs_nothing_but_time(folder, unbroken, tmp_path, mo
 
 
 def test_no_secret_of_the_environment_is_written(unbroken):
-    files = [path for path in unbroken.rglob("*") if path.is_file()]
-    assert len(files) > 20
+    files = [path for path in unbroken.parent.rglob("*") if path.is_file()]
+    assert len(files) > 20 and "rows read" in (unbroken.parent / "unbroken.log").read_text()
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]

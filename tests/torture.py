@@ -27,6 +27,7 @@ from pathlib import Path
 import mlxu  # noqa: F401  (imported by load_config, in every child otherwise)
 import numpy as np
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer, LlamaConfig  # noqa: F401  (they import most of what a start would take)
 
 from easyrl import train_dpo, train_ppo, train_rm, train_sft
 from easyrl.core.config import flag, load_config
