@@ -87,7 +87,13 @@ def scatter(into_BT: Array, source: Array, values: Array) -> Array:
 def over_groups(plans: Plans, carry: Any, body: Callable[[PackPlan, Any], Any]) -> Any:
     """carry = body(group, carry) for every group in use. The trip count is data: one program for every batch."""
     for plan in _each(plans):
-        step = lambda number, carry, plan=plan: body(plan.group(number), carry)
+
+        def step(number, carry, plan=plan):
+            # Of a plan with one group XLA would see that no round differs from another, and compute in front of the
+            # loop, all over again, as much as fits in memory there.
+            group, _ = jax.lax.optimization_barrier((plan.group(number), number))
+            return body(group, carry)
+
         with jax.named_scope(GROUPS):
             carry = jax.lax.fori_loop(0, plan.count, step, carry)
     return carry
