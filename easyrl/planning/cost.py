@@ -29,6 +29,10 @@ FREE = {
     "partition-id", "replica-id", "iota", "add-dependency", "opt-barrier", "domain", "get-dimension-size",
 }  # fmt: skip
 PALLAS = "tpu_custom_call"
+# Groups by names of axes, of devices in order or in that of a transposed array.
+_NAMED_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,13 +208,19 @@ def first_group(attributes: str, mesh_shape: dict[str, int]) -> tuple[int, ...]:
         ids = np.arange(total).reshape(dims)
         ids = ids.transpose(order) if order else ids
         return tuple(ids.reshape(groups)[0].tolist())
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
-        chosen = re.findall(r"'(\w+)'", named.group(2))
-        ids = np.arange(total).reshape(list(sizes.values()))
-        return tuple(ids[tuple(slice(None) if name in chosen else 0 for name in sizes)].reshape(-1).tolist())
+    if named := _NAMED_GROUPS.search(attributes):
+        axes, dims, order, chosen = named.groups()
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+        ids = np.arange(total)
+        if dims:
+            ids = ids.reshape(_ints(dims)).transpose(_ints(order) or None).reshape(-1)
+        ids = ids.reshape(list(sizes.values()))
+        within = re.findall(r"'(\w+)'", chosen)
+        return tuple(sorted(ids[tuple(slice(None) if name in within else 0 for name in sizes)].reshape(-1).tolist()))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return tuple(_ints(listed.group(1)))
+    if "replica_groups=" in attributes and "replica_groups={}" not in attributes:
+        raise ValueError(f"nothing is known of these groups of devices: {attributes[:200]}")
     return tuple(range(total))
 
 

@@ -160,6 +160,8 @@ def test_a_product_written_as_a_convolution():
         ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", (0, 2), ("fsdp",)),
         ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", (0, 4), ("dp",)),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5), ("dp", "mp")),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 2, 4, 6), ("dp", "fsdp")),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4), ("dp",)),
         ("source_target_pairs={{0,1},{1,0}}", (0, 1), ("mp",)),
         ("replica_groups={}", tuple(range(8)), ("dp", "fsdp", "mp")),
     ],
@@ -167,6 +169,11 @@ def test_a_product_written_as_a_convolution():
 def test_groups_are_found_on_the_mesh(attributes, members, axes):
     assert first_group(attributes, MESH) == members
     assert varying_axes(members, MESH) == axes
+
+
+def test_unknown_groups_are_not_taken_for_all_devices():
+    with pytest.raises(ValueError, match="nothing is known of these groups"):
+        first_group("replica_groups=mesh['a'=8] {'a':(1)2}", MESH)
 
 
 def test_collectives_of_a_sharded_product():
