@@ -23,7 +23,7 @@ from easyrl.core.distributed import DistributedConfig, say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import RunFailed, UserError
 from easyrl.core.sharding import make_mesh, num_data_shards, put, replicated
-from easyrl.data.packing import pack_groups
+from easyrl.data.packing import pack
 from easyrl.hf.refs import FoundModel, find_model, load_weights, parse_ref
 from easyrl.models.branch import trained_layers
 from easyrl.models.families import param_specs
@@ -111,7 +111,7 @@ def replay_ppo(config: Config, arrays: Mapping[str, np.ndarray], facts: dict[str
         # What leaves the bottom is too large to be recorded; of the program that computes it nothing else is read.
         forward = make_forward(policy_cfg, policy_cfg, value_cfg, ppo, mesh)
         shapes = find_shapes(settings, mesh, width, sequences=len(lengths))
-        plans = place_plans(pack_groups(lengths, width, shapes), shapes, len(lengths), mesh)
+        plans = place_plans(pack(lengths, width, shapes), len(lengths), mesh)
         policy_params, value_params = state.policy.params, state.value.params
         passes = forward(policy_params, policy_params, value_params, rollout.tokens, rollout.mask, plans, bottom=bottom)
         rollout = rollout.replace(hidden=passes.hidden)

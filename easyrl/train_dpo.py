@@ -52,7 +52,7 @@ from easyrl.runtime.offline import (
     train,
 )
 from easyrl.runtime.resume import continue_named
-from easyrl.runtime.run_config import rows_per_pass
+from easyrl.runtime.run_config import find_shapes
 from easyrl.sampling.decode import make_sampler
 from easyrl.steps.dpo import KTO, AnswerBatch, DPOConfig, make_dpo_eval, make_dpo_step, with_total_loss
 from easyrl.steps.kto import KTOBatch, make_kto_eval, make_kto_step, with_margins
@@ -113,7 +113,6 @@ def main(config: Config) -> None:
     config = continue_named(config, SCRIPT)
     # ------------------------------------------------------------ what there is: everything but the weights
     mesh = make_mesh(config.mesh_dim)
-    rows = rows_per_pass(config, mesh)
     begin = find_start(config)
     start, tokenizer, template = begin
     found = find_reference(config, start, tokenizer)
@@ -127,7 +126,7 @@ def main(config: Config) -> None:
         sources.check(loader.batch(0).columns)
         check_batch(config, mesh)
     else:
-        loader, held_out = load_data(config, "labelled" if unpaired else "pair", template, rows)
+        loader, held_out = load_data(config, "labelled" if unpaired else "pair", template, mesh)
     if unpaired:
         say(balance(config, loader.dataset.values))
     run_dir, checkpoints = open_run(config, SCRIPT, loader)
@@ -149,7 +148,7 @@ def main(config: Config) -> None:
 
     def placer(loader: Loader, name: str) -> Placer:
         """How batches of `loader` get onto the devices, with what the reference says of them."""
-        ask = partial(answers_of, rows=rows, mesh=mesh, reference=reference, beforehand=config.asks_beforehand)
+        ask = partial(answers_of, mesh=mesh, reference=reference, beforehand=config.asks_beforehand)
         answers = ask(loader, name=name)
         if not unpaired:
             return answers
@@ -167,7 +166,7 @@ def main(config: Config) -> None:
     pairs = None
     if sources is not None:
         itself = not config.load_checkpoint_reference and not checkpoints.start
-        pairs = online_pairs(config, begin, loader, sources, reference, mesh, rows, equal_start=itself)
+        pairs = online_pairs(config, begin, loader, sources, reference, mesh, equal_start=itself)
     else:
         place = placer(loader, "train_dataset")
         place_held_out = placer(held_out, "eval_dataset") if held_out else place
@@ -253,7 +252,6 @@ def online_pairs(
     sources: FoundSources,
     reference: ReferenceModel | None,
     mesh: Mesh,
-    rows: int,
     *,
     equal_start: bool,
 ) -> OnlinePairs:
@@ -264,10 +262,16 @@ def online_pairs(
         logprob_space="model", num_samples=EACH, mesh=mesh,
     )  # fmt: skip
     num_responses = EACH * config.train_dataset.batch_size
+    row_length, longest = config.train_dataset.row_length, prompts.prompt_length + config.max_continuation_len
+    if row_length and row_length < longest:
+        found = f"expected at least {longest}, a response with its prompt"
+        raise UserError(f"--train_dataset.row_length={row_length}: {found}")
+    judges = sources.load(mesh, dtype=dtype, batch_size=num_responses, rows=config.micro_batch_size)
     return OnlinePairs(
-        config, prompts, sample, sources.load(mesh, dtype=dtype, batch_size=num_responses, rows=rows), sources.weights,
+        config, prompts, sample, judges, sources.weights,
         None if reference is None else reference.logprobs, start.tokenizer, mesh,
-        seed=config.seed, rows=rows, row_length=config.train_dataset.row_length,
+        seed=config.seed,
+        shapes=find_shapes(config, mesh, row_length or longest, together=EACH, sequences=num_responses),
         check_in=dtype if equal_start else "",
     )  # fmt: skip
 

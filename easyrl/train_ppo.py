@@ -25,7 +25,7 @@ from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
 from easyrl.core.sharding import fetch, make_mesh, num_data_shards, put, replicated
 from easyrl.data.dataset import DatasetConfig
-from easyrl.data.packing import pack_groups, padding_share
+from easyrl.data.packing import pack
 from easyrl.data.prompts import PromptBatch, PromptDataset
 from easyrl.data.templates import load_template
 from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id, parse_ids
@@ -288,18 +288,18 @@ def main(config: Config) -> None:
             sampled, responses = respond(state.policy.params, batch, step)
 
         with timer.phase("score"):
-            plans = pack_groups(sampled.lengths, max_length, shapes)
+            packing = pack(sampled.lengths, max_length, shapes)
             tokens, mask = put((sampled.tokens, sampled.mask), whole)
             models = (state.policy.params, frozen.reference, state.value.params)
-            passes = forward(*models, tokens, mask, place_plans(plans, shapes, len(tokens), mesh))
+            passes = forward(*models, tokens, mask, place_plans(packing, len(tokens), mesh))
             # While the device runs the passes, the host scores.
             scored, moments.value = score_responses(responses, sources, weights, config, moments.value)
             learnt, rewards = put((sampled.mask & scored.keep[:, None], scored.rewards), whole)
             rollout, kl_coef, rollout_metrics = finish(tokens, learnt, passes, rewards, state.kl_coef)
 
         if not checked and bool(fetch(rollout.finite)):  # of another nothing is learnt
-            unpacked = pack_groups(sampled.lengths, max_length, shapes, packed=False)
-            again = forward(*models, tokens, mask, place_plans(unpacked, shapes, len(tokens), mesh))
+            unpacked = pack(sampled.lengths, max_length, shapes, packed=False)
+            again = forward(*models, tokens, mask, place_plans(unpacked, len(tokens), mesh))
             same_start = step == 0 and reference_ref == config.load_checkpoint_policy
             self_check(sampled, rollout, passes, again, same_start=same_start, dtype=dtype, stop_ids=stop_ids)
             checked = True
@@ -317,7 +317,7 @@ def main(config: Config) -> None:
         log_samples(step + 1, "train", responses, scored, config.logged_samples)
         metrics = {**scored.metrics, **rollout_metrics, **update_metrics, **timer.metrics()}
         metrics["tokens/ended_share"] = float(sampled.ended.mean())
-        metrics["tokens/padding_share"] = padding_share(plans, shapes)
+        metrics["tokens/padding_share"] = packing.padding_share()
         metrics["ppo/learning_rate"] = float(policy_lr(step * updates_per_step))
         metrics["tokens"] = int(sampled.lengths.sum())
         if step + 1 == total_steps or (config.eval_freq and (step + 1) % config.eval_freq == 0):

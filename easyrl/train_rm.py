@@ -7,7 +7,6 @@ docs/reward_models.md explains losses, flags and metrics.
 """
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from easyrl.runtime.offline import (
     train,
 )
 from easyrl.runtime.resume import continue_named
-from easyrl.runtime.run_config import rows_per_pass
 from easyrl.steps.optimizer import make_optimizer
 from easyrl.steps.reward import RewardBatch, RewardLossConfig, make_reward_eval, make_reward_step, place_reward_batch
 from easyrl.steps.state import TrainState, abstract_train_state, create_train_state
@@ -59,12 +57,11 @@ def main(config: Config) -> None:
     config = continue_named(config, SCRIPT)
     # ------------------------------------------------------------ what there is: everything but the weights
     mesh = make_mesh(config.mesh_dim)
-    rows = rows_per_pass(config, mesh)
     start, tokenizer, template = find_start(config, "reward")
     # A language model's pad token is a matter of generation, and often its end-of-text token.
     pad_id = start.pad_id if stored_as(start)[0] == "reward" else classifier_pad_id(tokenizer)
     paired = config.loss == "pairwise"
-    loader, held_out = load_data(config, "pair" if paired else "labelled", template, rows)
+    loader, held_out = load_data(config, "pair" if paired else "labelled", template, mesh)
     run_dir, checkpoints = open_run(config, SCRIPT, loader)
 
     # ------------------------------------------------------------ weights, schedule, device programs
@@ -83,9 +80,8 @@ def main(config: Config) -> None:
     # ------------------------------------------------------------ one step, one evaluation, one export
     measured: list[Accuracy] = []  # by the last evaluation
 
-    def place(batch: Batch, loader: Loader) -> RewardBatch:
-        groups = -(-loader.most_rows // rows)
-        return place_reward_batch(batch.tokens, batch.lengths, batch.values, batch.plan, rows, groups, mesh)
+    def place(batch: Batch) -> RewardBatch:
+        return place_reward_batch(batch.tokens, batch.lengths, batch.values, batch.packing, mesh)
 
     def loss_of(params: dict, batch: RewardBatch) -> Mean:
         return evaluate(params, batch)[0]["loss"]
@@ -95,7 +91,7 @@ def main(config: Config) -> None:
         sums: dict[str, Any] = {}
         samples, scores, lengths = [], [], []
         for batch in held_out_batches(held_out):
-            metrics, batch_scores = evaluate(params, place(batch, held_out))
+            metrics, batch_scores = evaluate(params, place(batch))
             sums = add_metrics(sums, metrics) if sums else metrics
             live = batch.samples >= 0
             samples.append(batch.samples[live])
@@ -128,7 +124,7 @@ def main(config: Config) -> None:
         )  # fmt: skip
 
     train(
-        config, run_dir, checkpoints, state, loader, held_out, partial(place, loader=loader), update, loss_of, measure,
+        config, run_dir, checkpoints, state, loader, held_out, place, update, loss_of, measure,
         export, SavedModel("reward", start.cfg, "params", tokenizer, fields={"pad_token_id": pad_id}),
         total=total, method=METHOD, best_by="accuracy",
         bar={"loss": "loss", "accuracy": "accuracy", "eval": "eval/accuracy", "tok/s": "tokens_per_second"},

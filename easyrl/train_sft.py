@@ -33,7 +33,6 @@ from easyrl.runtime.offline import (
     train,
 )
 from easyrl.runtime.resume import continue_named
-from easyrl.runtime.run_config import rows_per_pass
 from easyrl.steps.optimizer import make_optimizer
 from easyrl.steps.sft import SFTBatch, make_sft_eval, make_sft_step, perplexity, place_sft_batch
 from easyrl.steps.state import TrainState, abstract_train_state, create_train_state
@@ -56,9 +55,8 @@ def main(config: Config) -> None:
     config = continue_named(config, SCRIPT)
     # ------------------------------------------------------------ what there is: everything but the weights
     mesh = make_mesh(config.mesh_dim)
-    rows = rows_per_pass(config, mesh)
     start, tokenizer, template = find_start(config)
-    loader, held_out = load_data(config, "sft", template, rows)
+    loader, held_out = load_data(config, "sft", template, mesh)
     run_dir, checkpoints = open_run(config, SCRIPT, loader)
 
     # ------------------------------------------------------------ weights, schedule, device programs
@@ -79,7 +77,7 @@ def main(config: Config) -> None:
         mask = batch.mask
         if config.loss_on == "all":
             mask = np.arange(loader.width) < batch.lengths[:, None] - 1
-        return place_sft_batch(batch.tokens, mask, batch.plan, rows, -(-loader.most_rows // rows), mesh)
+        return place_sft_batch(batch.tokens, mask, batch.packing, mesh)
 
     def loss_of(params: dict, batch: SFTBatch) -> Mean:
         return evaluate(params, batch)["loss"]

@@ -15,7 +15,8 @@ BLOCK = 4  # queries
 def use(way: str) -> None:
     """Makes every model of this process that may choose how to attend do so in this way."""
     if way == "blocks":
-        long_attention.BLOCK = long_attention.LANES = BLOCK
+        long_attention.LONG_BLOCK = long_attention.LANES = BLOCK
+        long_attention.SHORT = 0
         return
     trunk.choose = choose_splash
     trunk.attend_by_splash = attend_padded

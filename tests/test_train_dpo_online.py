@@ -11,7 +11,7 @@ from easyrl import assets, train_dpo
 from easyrl.core.errors import UserError
 from easyrl.core.sharding import make_mesh
 from easyrl.data.dataset import DatasetConfig
-from easyrl.data.packing import one_per_row
+from easyrl.data.packing import Shape, pack
 from easyrl.data.prompts import PromptDataset
 from easyrl.data.templates import load_template
 from easyrl.hf.refs import load_model
@@ -22,7 +22,7 @@ from easyrl.runtime.jsonl import read_jsonl
 from easyrl.runtime.metrics import timeless
 from easyrl.sampling.decode import make_sampler
 from easyrl.steps.dpo import DPOConfig, make_answer_logprobs, make_dpo_step, place_answers
-from easyrl.steps.packed import place_plan
+from easyrl.steps.packed import place_plans
 from easyrl.steps.state import create_train_state
 from tests.offline import TINY, facts_of_card, metrics_of, run_script, write_rows
 from tests.train_ppo.conftest import FUNCTIONS, STOP_IDS, make_tokenizer, write_model
@@ -69,7 +69,7 @@ def pairs_for(folder, mesh, missing_eos="none"):
     source = function_source("online_test_functions:length")
     pairs = OnlinePairs(
         config, PromptDataset(data, template, 0), sample, [source], (1.0,), reference, template.tokenizer, mesh,
-        seed=5, rows=2,
+        seed=5, shapes=(Shape(2, P + C),),
     )  # fmt: skip
     return pairs, model, reference
 
@@ -108,9 +108,9 @@ def test_a_step_is_that_of_dpo_on_the_same_pairs(folder, missing_eos):
         text = prompts[one] + answers[one]
         again[place, : len(text)], lengths[place] = text, len(text)
         again_mask[place, len(prompts[one]) - 1 : len(text) - 1] = True
-    plan = one_per_row(lengths, width, 2 * width, together=2)
-    ref = np.asarray(reference(*jax.device_put((again, again_mask)), place_plan(*plan, 1, len(kept), mesh)))
-    offline = place_answers(again, again_mask, ref, plan, 1, len(kept), mesh, paired=True)
+    packing = pack(lengths, width, [Shape(2, width)], together=2, packed=False)
+    ref = np.asarray(reference(*jax.device_put((again, again_mask)), place_plans(packing, len(lengths), mesh)))
+    offline = place_answers(again, again_mask, ref, packing, mesh, paired=True)
 
     results = []
     for batch in (online, offline):
@@ -199,7 +199,7 @@ def test_a_step_without_a_pair_changes_nothing(flags, folder, tmp_path):
         ({"reward_function": ""}, "--load_checkpoint_reward and --reward_function are both empty"),
         ({"reward_function": "online_test_functions:wants_column"}, "needs the column 'solution'"),
         ({"train_dataset.batch_rows": 4}, "--train_dataset.batch_rows=4: --online does not read it"),
-        ({"train_dataset.row_length": 39}, "--train_dataset.row_length=39: expected at least 40"),
+        ({"train_dataset.row_length": 19}, "--train_dataset.row_length=19: expected at least 20"),
         ({"train_dataset.seq_length": 41}, "--train_dataset.seq_length + --max_continuation_len=49: the model of"),
         ({"train_dataset.batch_size": 3, "mesh_dim": "2,1,1"}, "--train_dataset.batch_size=3: does not divide by dp"),
         ({"missing_eos": "never"}, "--missing_eos=never: expected none, mask"),

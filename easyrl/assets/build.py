@@ -11,6 +11,7 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -29,6 +30,7 @@ from easyrl.core.sharding import make_mesh
 from easyrl.data.dataset import PackedDatasetConfig, load_dataset
 from easyrl.data.loader import Loader
 from easyrl.data.messages import Message
+from easyrl.data.packing import group_shapes
 from easyrl.data.templates import BODIES, Template, load_template
 from easyrl.hf.export import export_model
 from easyrl.hf.model_card import ModelCard
@@ -144,7 +146,7 @@ def fine_tune(data: Path, template: Template, mesh: Mesh, seed: int) -> dict:
     return train(
         POLICY, "lm", loader, mesh, seed,
         make_step=lambda optimizer: make_sft_step(POLICY, optimizer, mesh),
-        place=lambda batch, groups: place_sft_batch(batch.tokens, batch.mask, batch.plan, ROWS, groups, mesh),
+        place=lambda batch: place_sft_batch(batch.tokens, batch.mask, batch.packing, mesh),
     )  # fmt: skip
 
 
@@ -158,8 +160,8 @@ def train_reward_model(data: Path, template: Template, mesh: Mesh, seed: int) ->
     params = train(
         REWARD_MODEL, "reward", loader, mesh, seed,
         make_step=lambda optimizer: make_reward_step(REWARD_MODEL, optimizer, mesh, loss),
-        place=lambda batch, groups: place_reward_batch(
-            batch.tokens, batch.lengths, batch.values, batch.plan, ROWS, groups, mesh
+        place=lambda batch: place_reward_batch(
+            batch.tokens, batch.lengths, batch.values, batch.packing, mesh
         ),
     )  # fmt: skip
     imitated = stories.demonstrations(1024, seed, evaluation=True)
@@ -185,7 +187,7 @@ def load(data: Path, kind: str, template: Template, seed: int) -> Loader:
         batch_size=32,
         cache_dir=str(data.parent / "cache"),
     )
-    return Loader(load_dataset(dataset, kind, template), dataset, seed, rows_multiple=ROWS)
+    return Loader(load_dataset(dataset, kind, template), dataset, seed, find_shapes=partial(group_shapes, rows=ROWS))
 
 
 def train(
@@ -198,8 +200,7 @@ def train(
     specs = param_specs(cfg, head)
     print(f"training {num_params(specs):,} parameters ({head})")
     state = create_train_state(init_params(specs, jax.random.key(seed), jnp.float32, mesh), specs, optimizer, mesh)
-    groups = -(-loader.most_rows // ROWS)
-    batches = (place(batch, groups) for batch in loader.batches(stop=total))
+    batches = (place(batch) for batch in loader.batches(stop=total))
     bar = progress_hook(total, {"loss": "loss", "accuracy": "accuracy", "tok/s": "tokens_per_second"})
     return run_loop(state, batches, make_step(optimizer), start=0, total=total, hooks=[bar]).params
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from easyrl.bench.config import ModelBenchConfig
 from easyrl.bench.measure import Lap, Work, run_laps
@@ -13,11 +14,10 @@ from easyrl.bench.shapes import head_flops, trunk_flops
 from easyrl.bench.workloads import w1_prompts, w2_pairs, w3_pairs
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
-from easyrl.data.packing import Plan, most_rows, pack
+from easyrl.core.sharding import num_data_shards
+from easyrl.data.packing import ROW_MULTIPLE, Packing, group_shapes, pack
 from easyrl.models.llama import LlamaConfig
 from easyrl.runtime.metrics import PhaseTimer
-
-LANES = 128  # row lengths are multiples of it, as the trainers' are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class OfflineBenchConfig(ModelBenchConfig):
     )  # fmt: skip
     batch_size: int = flag(8, "Samples of a step.", least=1)
     seq_length: int = flag(2048, "Tokens of a sequence, for --workload=fixed.", least=2)
-    row_length: int = flag(0, "Tokens of a packed row. 0: as many as the longest sample has.", least=0)
+    row_length: int = flag(0, "Tokens of the longest packed rows. 0: as many as the longest sequence has.", least=0)
     lr: float = flag(1e-6, "Learning rate.", least=0)
 
 
@@ -41,7 +41,7 @@ class HostBatch(NamedTuple):
     lengths: np.ndarray  # int32 [B]
     prompt_lengths: np.ndarray  # int32 [B]
     mask: np.ndarray  # bool [B, T], True at t where tokens[b, t + 1] is one of an answer
-    plan: Plan
+    packing: Packing
 
 
 class HostBatches:
@@ -51,16 +51,16 @@ class HostBatches:
       per_sample: sequences of a sample: 2 for pairs, 1 for the chosen answers alone.
     """
 
-    def __init__(self, config: OfflineBenchConfig, cfg: LlamaConfig, rows: int, per_sample: int):
+    def __init__(self, config: OfflineBenchConfig, cfg: LlamaConfig, mesh: Mesh, per_sample: int):
         self._size, self._per_sample = config.batch_size, per_sample
         self._sequences = _sequences(config, cfg.vocab_size, per_sample)
-        totals = [sum(len(tokens) for tokens, _ in sample) for sample in self._sequences]
         self._width = max(len(tokens) for sample in self._sequences for tokens, _ in sample)
-        self._row_length = config.row_length or -(-max(totals) // LANES) * LANES
-        if self._row_length < max(totals):
-            raise UserError(f"--row_length={config.row_length}: expected at least {max(totals)}, the longest sample")
-        self.rows = rows
-        self.groups = -(-most_rows(config.batch_size, max(totals), self._row_length) // rows)
+        if config.row_length and config.row_length < self._width:
+            raise UserError(f"--row_length={config.row_length}: expected at least {self._width}, the longest sequence")
+        self._shapes = group_shapes(
+            config.row_length or -(-self._width // ROW_MULTIPLE) * ROW_MULTIPLE, num_data_shards(mesh),
+            rows=config.micro_batch_size, together=per_sample, sequences=per_sample * config.batch_size,
+        )  # fmt: skip
         self.number = len(self._sequences) // config.batch_size
 
     def __getitem__(self, number: int) -> HostBatch:
@@ -73,8 +73,8 @@ class HostBatches:
             lengths[row], prompt_lengths[row] = len(ids), prompt_length
             tokens[row, : len(ids)] = ids
             mask[row, prompt_length - 1 : len(ids) - 1] = True
-        plan = pack(lengths, self._width, self._row_length, together=self._per_sample)
-        return HostBatch(tokens, lengths, prompt_lengths, mask, plan)
+        packing = pack(lengths, self._width, self._shapes, together=self._per_sample)
+        return HostBatch(tokens, lengths, prompt_lengths, mask, packing)
 
 
 def _sequences(config: OfflineBenchConfig, vocab_size: int, per_sample: int) -> list[list[tuple[np.ndarray, int]]]:
@@ -109,8 +109,7 @@ def time_steps(
         state, metrics = update(state, place(batch))
         jax.block_until_ready((state, metrics))
         flops = trunk_flops(cfg, batch.lengths) + (head_flops(cfg, batch.mask.sum()) if lm_head else 0.0)
-        passes = -(-len(batch.plan.source) // batches.rows)
-        places = passes * batches.rows * batch.plan.source.shape[1]
-        return Work(config.batch_size, float(batch.lengths.sum()), 3 * flops, places=places)
+        tokens = float(batch.lengths.sum())
+        return Work(config.batch_size, tokens, 3 * flops, places=tokens / (1 - batch.packing.padding_share()))
 
     return run_laps(step, config.warmup, config.repeats, config.profile)

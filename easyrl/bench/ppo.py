@@ -20,7 +20,7 @@ from easyrl.bench.shapes import head_flops, trunk_flops
 from easyrl.bench.workloads import END, w1_prompts, w4_prompts
 from easyrl.core.config import flag
 from easyrl.core.sharding import make_mesh, num_data_shards, put, replicated
-from easyrl.data.packing import group_shapes, pack_groups
+from easyrl.data.packing import group_shapes, pack
 from easyrl.models.families import param_specs
 from easyrl.models.llama import LlamaConfig
 from easyrl.runtime.metrics import PhaseTimer
@@ -106,7 +106,7 @@ def main(config: Config) -> None:
                 sampled = join_samples(prompts, lengths, samples, pad_id=0)
             with timer.phase("score"):
                 tokens, mask = put((sampled.tokens, sampled.mask), whole)
-                plans = place_plans(pack_groups(sampled.lengths, width, shapes), shapes, num_samples, mesh)
+                plans = place_plans(pack(sampled.lengths, width, shapes), num_samples, mesh)
                 passes = forward(state.policy.params, reference, state.value.params, tokens, mask, plans)
                 scores = scorer([row[:length] for row, length in zip(sampled.tokens, sampled.lengths, strict=True)])
                 rollout, _, metrics = finish(tokens, mask, passes, put(scores, whole), state.kl_coef)

@@ -10,7 +10,7 @@ import numpy as np
 from easyrl.bench.models import place_model
 from easyrl.bench.offline import HostBatch, HostBatches, OfflineBenchConfig, time_steps
 from easyrl.bench.report import benchmark
-from easyrl.core.sharding import make_mesh, num_data_shards
+from easyrl.core.sharding import make_mesh
 from easyrl.models.families import param_specs
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from easyrl.steps.reward import RewardBatch, RewardLossConfig, make_reward_step, place_reward_batch
@@ -24,13 +24,13 @@ class Config(OfflineBenchConfig):
 
 def main(config: Config) -> None:
     mesh, cfg = make_mesh(config.mesh_dim), config.cfg
-    batches = HostBatches(config, cfg, config.micro_batch_size or num_data_shards(mesh), per_sample=2)
+    batches = HostBatches(config, cfg, mesh, per_sample=2)
     params = place_model(cfg, "reward", mesh, config.param_dtype)
     optimizer = make_optimizer(OptimizerConfig(clip_gradient=0.0), make_schedule("constant", config.lr, 1))
 
     def place(batch: HostBatch) -> RewardBatch:
         margins = np.zeros(len(batch.tokens) // 2, np.float32)
-        return place_reward_batch(batch.tokens, batch.lengths, margins, batch.plan, batches.rows, batches.groups, mesh)
+        return place_reward_batch(batch.tokens, batch.lengths, margins, batch.packing, mesh)
 
     with benchmark(config, "rm") as laps:
         state = create_train_state(params, param_specs(cfg, "reward"), optimizer, mesh)

@@ -9,7 +9,7 @@ import dataclasses
 from easyrl.bench.models import place_model
 from easyrl.bench.offline import HostBatch, HostBatches, OfflineBenchConfig, time_steps
 from easyrl.bench.report import benchmark
-from easyrl.core.sharding import make_mesh, num_data_shards
+from easyrl.core.sharding import make_mesh
 from easyrl.models.families import param_specs
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from easyrl.steps.sft import SFTBatch, make_sft_step, place_sft_batch
@@ -23,12 +23,12 @@ class Config(OfflineBenchConfig):
 
 def main(config: Config) -> None:
     mesh, cfg = make_mesh(config.mesh_dim), config.cfg
-    batches = HostBatches(config, cfg, config.micro_batch_size or num_data_shards(mesh), per_sample=1)
+    batches = HostBatches(config, cfg, mesh, per_sample=1)
     params = place_model(cfg, "lm", mesh, config.param_dtype)
     optimizer = make_optimizer(OptimizerConfig(clip_gradient=0.0), make_schedule("constant", config.lr, 1))
 
     def place(batch: HostBatch) -> SFTBatch:
-        return place_sft_batch(batch.tokens, batch.mask, batch.plan, batches.rows, batches.groups, mesh)
+        return place_sft_batch(batch.tokens, batch.mask, batch.packing, mesh)
 
     with benchmark(config, "sft") as laps:
         state = create_train_state(params, param_specs(cfg, "lm"), optimizer, mesh)

@@ -75,8 +75,8 @@ class PackedDatasetConfig(DatasetConfig):
     )
     row_length: int = flag(
         0,
-        "Tokens in a packed row, which holds a pair as a whole; 0: enough for the longest sample or for two of them, "
-        "whichever leaves less padding.",
+        "Tokens in the longest packed rows. 0: as many as the longest sequence has, or twice that, where that leaves "
+        "less padding.",
         least=0,
     )
     batch_rows: int = flag(

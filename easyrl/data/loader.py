@@ -1,6 +1,6 @@
 """Batches of tokenised samples, padded in memory and planned for packing, for random access by step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grain
@@ -9,13 +9,13 @@ import numpy as np
 from easyrl.core.errors import UserError
 from easyrl.data.dataset import Dataset, PackedDatasetConfig
 from easyrl.data.order import Order, RowOrder, SampleOrder, Stream
-from easyrl.data.packing import Plan, best_fit, most_rows, one_per_row, pack
+from easyrl.data.packing import ROW_MULTIPLE, Packing, Shape, group_shapes, pack
 from easyrl.data.report import table
 
 PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-TRIAL_STEPS = 20  # packed to compare row lengths
-SUMMARY_STEPS = 200  # packed for the padding share that is reported
-LANES = 128  # row lengths are multiples of it, as matrix units and attention kernels like them
+TRIAL_STEPS = 10  # packed to compare row lengths
+MUCH_PADDING = 0.05  # from which on longer rows, in which attention costs more, are worth it
+SUMMARY_STEPS = 50  # packed for the padding share that is reported
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Batch:
     prompt_lengths: np.ndarray  # int32 [B], tokens before the first answer
     mask: np.ndarray  # bool [B, T], True at t where tokens[b, t + 1] is a token that the assistant writes
     values: np.ndarray  # float32 [n], margins or labels
-    plan: Plan  # which token goes where in packed rows
+    packing: Packing  # which token goes where in packed rows
 
 
 class Loader:
@@ -42,10 +42,10 @@ class Loader:
       config: the flags they came from.
       seed: of the shuffles.
       name: the group of those flags, for complaints.
-      rows_multiple: packed rows that one pass over the model takes. It decides at most how samples are packed, never
-        which samples a step sees.
+      find_shapes: what of the arguments of `group_shapes` depends on the run is given. They decide how samples are
+        packed, never which samples a step sees.
       keep_last: whether the rest of an epoch makes a last batch, filled up; evaluation wants it, training does not.
-      packed: False gives every sample a row of its own, for comparison.
+      packed: False gives every sequence a row of its own, for comparison.
 
     Raises UserError when an epoch has no batch, or a packed row cannot hold a sample.
     """
@@ -57,41 +57,35 @@ class Loader:
         seed: int,
         *,
         name: str = "train_dataset",
-        rows_multiple: int = 1,
+        find_shapes: Callable[..., tuple[Shape, ...]] = group_shapes,
         keep_last: bool = False,
         packed: bool = True,
     ):
         self.dataset = dataset
         self.width = config.seq_length
-        self.row_length = config.row_length or config.seq_length * dataset.per_sample
-        self.rows_multiple = rows_multiple
+        self.find_shapes = find_shapes
         self._packed = packed
-        self._totals = dataset.lengths.reshape(-1, dataset.per_sample).sum(axis=1)  # tokens of each sample
-        self._longest = int(self._totals.max())
-        if self.row_length < self._longest:
-            found = f"expected at least {self._longest}, the tokens of the longest sample"
+        self._lengths = dataset.lengths.reshape(-1, dataset.per_sample)  # of the sequences of each sample
+        longest = int(self._lengths.max())
+        if config.row_length and config.row_length < longest:
+            found = f"expected at least {longest}, the tokens of the longest sequence"
             raise UserError(f"--{name}.row_length={config.row_length}: {found}")
         stream = Stream(dataset.sizes, seed, weights=dataset.weights, shuffle=config.shuffle)
         self.order: Order
         if config.batch_rows:
-            self.order = RowOrder(stream, self._totals, config.batch_rows, self.row_length, keep_last=keep_last)
+            totals, length = self._lengths.sum(axis=1), config.row_length or config.seq_length
+            self.order = RowOrder(stream, totals, config.batch_rows, length * dataset.per_sample, keep_last=keep_last)
         else:
             self.order = SampleOrder(stream, config.batch_size, keep_last=keep_last)
         if self.order.steps(0) == 0:
             found = f"found {len(dataset)} samples, fewer than --{name}.batch_size={config.batch_size}"
             raise UserError(f"--{name}.path={config.path}: {found}")
-        if not (config.row_length or config.batch_rows):
-            shortest = -(-self._longest // LANES) * LANES
-            self.row_length = min(shortest, 2 * shortest, key=lambda length: self._padding(length, TRIAL_STEPS))
-
-    @property
-    def most_rows(self) -> int:
-        """The most packed rows that any batch takes."""
-        return (
-            most_rows(self.order.most_samples, self._longest, self.row_length)
-            if self._packed
-            else self.order.most_samples
-        )
+        longest = config.row_length or -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+        self.shapes = self._shapes(longest)
+        if not config.row_length and (padding := self._padding(self.shapes, TRIAL_STEPS)) > MUCH_PADDING:
+            longer = self._shapes(2 * longest)
+            if self._padding(longer, TRIAL_STEPS) < padding:
+                self.shapes = longer
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`, counted from 0 over all epochs."""
@@ -111,7 +105,7 @@ class Loader:
                 prompt_lengths[row] = sequence.prompt_length
                 tokens[row, : lengths[row]] = sequence.tokens
                 mask[row, : lengths[row] - 1] = sequence.is_answer[1:]
-        return Batch(samples, tokens, lengths, prompt_lengths, mask, values, self._plan(lengths))
+        return Batch(samples, tokens, lengths, prompt_lengths, mask, values, self._pack(lengths, self.shapes))
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """The batches of steps [start, stop), or without end; the next ones are made ready in the background."""
@@ -119,32 +113,32 @@ class Loader:
         return iter(steps.map(self.batch).to_iter_dataset(PREFETCH))
 
     def padding_share(self) -> float:
-        """The share of places that hold no token, of those that the model passes over in the first steps.
-
-        A pass takes `rows_multiple` packed rows, so the last ones of a batch may be empty.
-        """
-        return self._padding(self.row_length, SUMMARY_STEPS)
+        """The share of places that hold no token, of those that the model passes over in the first steps."""
+        return self._padding(self.shapes, SUMMARY_STEPS)
 
     def summary(self) -> str:
         """A table of the dataset and of how it is batched."""
+        shapes = ", ".join(f"{rows} x {length:,}" for rows, length in self.shapes)
         lines = [
             ("steps in an epoch", f"{self.order.steps(0):,}"),
-            ("packed rows", f"{self.row_length:,} tokens each, {self.rows_multiple} at a time"),
+            ("groups of packed rows", f"{shapes} tokens"),
             ("padding", f"{self.padding_share():.1%}"),
         ]
         return f"{self.dataset.summary()}\n{table('batches', lines)}"
 
-    def _padding(self, row_length: int, steps: int) -> float:
-        tokens = places = 0
+    def _shapes(self, longest: int) -> tuple[Shape, ...]:
+        together = self.dataset.per_sample
+        return self.find_shapes(longest, together=together, sequences=self.order.most_samples * together)
+
+    def _padding(self, shapes: tuple[Shape, ...], steps: int) -> float:
+        """`padding_share` of that many steps in groups of these shapes."""
+        tokens = places = 0.0
         for step in range(min(self.order.steps(0), steps)):
-            totals = self._totals[self.order.samples(step)]
-            rows = len(best_fit(totals, row_length)) if self._packed else len(totals)
-            tokens += int(totals.sum())
-            places += -(-rows // self.rows_multiple) * self.rows_multiple * row_length
+            lengths = self._lengths[self.order.samples(step)].reshape(-1)
+            share = self._pack(lengths, shapes).padding_share()
+            tokens += lengths.sum()
+            places += lengths.sum() / (1 - share)
         return 1.0 - tokens / places
 
-    def _plan(self, lengths: np.ndarray) -> Plan:
-        together = self.dataset.per_sample
-        if self._packed:
-            return pack(lengths, self.width, self.row_length, together=together)
-        return one_per_row(lengths, self.width, self.row_length, together=together)
+    def _pack(self, lengths: np.ndarray, shapes: tuple[Shape, ...]) -> Packing:
+        return pack(lengths, self.width, shapes, together=self.dataset.per_sample, packed=self._packed)

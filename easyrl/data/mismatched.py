@@ -49,4 +49,4 @@ def mismatched_loader(loader: Loader, config: PackedDatasetConfig, seed: int) ->
     """Takes (`Loader.take`) the mismatches to the samples of any batch of `loader`, whose flags are `config`."""
     config = dataclasses.replace(config, batch_size=loader.order.most_samples, batch_rows=0, row_length=0)
     dataset = Mismatched(loader.dataset, config.seq_length)
-    return Loader(dataset, config, seed, rows_multiple=loader.rows_multiple, keep_last=True)
+    return Loader(dataset, config, seed, find_shapes=loader.find_shapes, keep_last=True)

@@ -1,4 +1,5 @@
-"""Attention that never holds the scores of all pairs: in blocks of queries, or by a TPU's splash kernel.
+"""Attention that leaves out later keys: in blocks of queries, or by a TPU's splash kernel. Neither holds the scores of
+all pairs of a long row.
 
 Both compute what `models.attention.attend` does, for tokens that attend among themselves: key s stands where query s
 does, so nobody attends to what comes later in its row, packed or not.
@@ -17,15 +18,17 @@ from easyrl.models.attention import attend
 
 Array = jax.Array
 
-BLOCK = 512  # queries in a block, at least: below, products are too small for a matrix unit to be busy
-MOST_BLOCKS = 8  # each is compiled by itself
-LANES = 128  # what the kernel's blocks are multiples of
+SHORT = 1024  # queries up to which all scores and weights are kept for the backward pass
+LONG_BLOCK = 512  # queries in a block of more, at least: what is computed twice should be large products
+FEW_BLOCKS, MOST_BLOCKS = 4, 8  # of few queries, and of more than SHORT; each is compiled by itself
+LANES = 128  # blocks are multiples of it, as the sides of matrix units are
 
 
 def block_size(num_queries: int) -> int:
-    """Queries in a block: `BLOCK`, or more where there would be too many blocks."""
-    wanted = -(-num_queries // MOST_BLOCKS)
-    return max(BLOCK, -(-wanted // LANES) * LANES)
+    """Queries in a block."""
+    short = num_queries <= SHORT
+    wanted = -(-num_queries // (FEW_BLOCKS if short else MOST_BLOCKS))
+    return max(LANES if short else LONG_BLOCK, -(-wanted // LANES) * LANES)
 
 
 def attend_in_blocks(
@@ -38,8 +41,9 @@ def attend_in_blocks(
     """`attend`, a block of queries at a time, each with the keys up to its end.
 
     mask_of(rows, columns) is that part of the mask, [B, rows, columns], and alibi_of likewise the argument `alibi` of
-    `attend`. Scores and weights of a block are computed again in the backward pass, so only one block's exist at once;
-    and as later keys are left out, little more than the half of all pairs is computed.
+    `attend`. As later keys are left out, little more than the half of all pairs is computed. Where there
+    are more than `SHORT` queries, the scores and weights of a block are computed again in the backward pass, so that
+    only one block's exist at once.
     """
     T, size = q_BTNH.shape[1], block_size(q_BTNH.shape[1])
     blocks = []
@@ -47,11 +51,11 @@ def attend_in_blocks(
         rows = slice(start, min(start + size, T))
         columns = slice(0, rows.stop)
 
-        @jax.checkpoint
         def block(q, k, v, rows=rows, columns=columns):
             return attend(q, k, v, mask_of(rows, columns), alibi=alibi_of(rows, columns))
 
-        blocks.append(block(q_BTNH[:, rows], k_BKTH[:, :, columns], v_BKTH[:, :, columns]))
+        run = block if T <= SHORT else jax.checkpoint(block)
+        blocks.append(run(q_BTNH[:, rows], k_BKTH[:, :, columns], v_BKTH[:, :, columns]))
     return jnp.concatenate(blocks, axis=1)
 
 
@@ -117,7 +121,7 @@ def choose(
     replaced by something simpler. With a bias cuDNN would want it whole in memory, and splash knows of none; splash
     wants rows of a multiple of 128 tokens, and all layers to have the same window (not `mixed`). Blocks and splash are
     for tokens that attend among themselves. A single query, one step of decoding, reads the cache once whatever the
-    way, and few queries are as well off with plain XLA.
+    way, and so few queries as make one block are plain XLA's.
     """
     if queries == 1:
         return "xla"
@@ -129,6 +133,6 @@ def choose(
         attention = "blocks"
     if attention == "splash" and (biased or mixed or queries % LANES or queries != keys):
         attention = "blocks"
-    if attention == "blocks" and (queries != keys or queries <= 2 * BLOCK):
+    if attention == "blocks" and (queries != keys or queries <= LANES):
         attention = "xla"
     return attention

@@ -150,10 +150,12 @@ def run_layers(
         size = depth(stack)
         here = slice(first, first + size)
         # Inside a scan nothing can be merged with the backward pass's recomputation; outside it would be.
-        run = body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=size == 1)
-        if cfg.remat == "full":
+        step = body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=size == 1)
+
+        def run(x, scanned, step=step):
             # Of a layer that is computed again, what goes into it is all that is kept: that is split over mp, too.
-            run = lambda x, scanned, run=run: run(shard(x, "batch", "sequence", "width"), scanned)
+            return step(shard(x, "batch", "sequence", "width") if cfg.remat == "full" else x, scanned)
+
         if size == 1:
             layer = jax.tree.map(lambda w: w.squeeze(0), stack)
             x, kvs[first] = run(x, (layer, sliding[first], kvs[first]))

@@ -204,10 +204,10 @@ def first_group(attributes: str, mesh_shape: dict[str, int]) -> tuple[int, ...]:
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return tuple(sorted({int(pairs.group(1)), int(pairs.group(2))}))
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        groups, dims, order = (_ints(text) for text in iota.groups())
-        ids = np.arange(total).reshape(dims)
-        ids = ids.transpose(order) if order else ids
-        return tuple(ids.reshape(groups)[0].tolist())
+        shape, sizes_of_axes, permutation = (_ints(text) for text in iota.groups())
+        ids = np.arange(total).reshape(sizes_of_axes)
+        ids = ids.transpose(permutation) if permutation else ids
+        return tuple(ids.reshape(shape)[0].tolist())
     if named := _NAMED_GROUPS.search(attributes):
         axes, dims, order, chosen = named.groups()
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}

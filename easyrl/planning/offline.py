@@ -10,15 +10,14 @@ from jax.sharding import Mesh
 
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.params import abstract
-from easyrl.data.loader import LANES
-from easyrl.data.packing import most_rows
+from easyrl.data.packing import ROW_MULTIPLE
 from easyrl.hf.refs import find_config
 from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
-from easyrl.planning.phases import Phase, ScriptPlan, pack_plan, packed_loops, remat_share, trained, whole
+from easyrl.planning.phases import Phase, ScriptPlan, pack_plans, packed_loops, remat_share, trained, whole
 from easyrl.planning.rollout import frozen_rewards, reward_phases, sampling_phase
 from easyrl.rewards.online import EACH
-from easyrl.runtime.run_config import compute_settings, rows_per_pass
+from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.steps.dpo import KTO, AnswerBatch, make_answer_logprobs, make_dpo_step
 from easyrl.steps.kto import KTOBatch, make_kto_step
 from easyrl.steps.optimizer import make_optimizer, make_schedule
@@ -29,7 +28,6 @@ from easyrl.steps.sft import SFTBatch, make_sft_step
 def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     """What one step of an offline trainer with this config runs, when sequences are `fill` as long as they may be."""
     online = getattr(config, "online", False)
-    rows = rows_per_pass(config, mesh)
     compute = compute_settings(config)
     cfg = find_config(config.load_checkpoint, compute=compute)
     unpaired = (
@@ -38,13 +36,15 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
     per_sample = 1 if unpaired else 2
     data = config.train_dataset
     T = config.longest[1]
-    length = data.row_length or (T * EACH if online else -(-T * per_sample // LANES) * LANES)
+    length = data.row_length or (T if online else -(-T // ROW_MULTIPLE) * ROW_MULTIPLE)
     samples = data.batch_size
     if data.batch_rows:  # as many samples as fill the rows
-        samples = max(int(data.batch_rows * length / (fill * T * per_sample)), 1)
+        samples = max(int(data.batch_rows * (data.row_length or T) / (fill * T)), 1)
     B = samples * per_sample
-    most = data.batch_rows or most_rows(samples, T * per_sample, length)
-    plan, loops = pack_plan(mesh, most, rows, length), packed_loops(most, rows, length, fill)
+    # Of the shapes that groups may have, the one for the bulk.
+    rows = find_shapes(config, mesh, length, together=per_sample, sequences=B)[0].rows
+    most = -(-B * T // length)
+    plans, loops = pack_plans(mesh, most, rows, length), packed_loops(most, rows, length, fill)
 
     optimizer = make_optimizer(config.optimizer, make_schedule(config.lr_schedule, config.lr, 1))
     head = "reward" if script == "train_rm" else "lm"
@@ -62,19 +62,19 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
 
     batch: Any
     if script == "train_sft":
-        program, batch = make_sft_step(cfg, optimizer, mesh), SFTBatch(tokens, mask, plan)
+        program, batch = make_sft_step(cfg, optimizer, mesh), SFTBatch(tokens, mask, plans)
     elif script == "train_rm":
         program = make_reward_step(cfg, optimizer, mesh, config)
-        batch = RewardBatch(tokens, whole(mesh, jnp.int32, B), numbers(samples), plan)
+        batch = RewardBatch(tokens, whole(mesh, jnp.int32, B), numbers(samples), plans)
     else:
         program = (make_kto_step if unpaired else make_dpo_step)(cfg, optimizer, mesh, config)
-        batch = AnswerBatch(tokens, mask, numbers(B), plan)
+        batch = AnswerBatch(tokens, mask, numbers(B), plans)
         batch = KTOBatch(batch, batch, whole(mesh, jnp.bool_, B)) if unpaired else batch
     passes = 3 * forward
     if script == "train_dpo":
         passes += forward if unpaired else 0  # the mismatched answers, without a gradient
         if config.reads_reference:
-            asked = (tokens, mask, plan)
+            asked = (tokens, mask, plans)
             phases.append(_reference(config, mesh, cfg, model.state.params, compute, asked, loops, B, size))
             if not config.asks_beforehand:
                 resident["reference"] = ("frozen weights", phases[-1].arguments[0])

@@ -15,7 +15,7 @@ from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.memory import device_bytes
 from easyrl.steps.logprobs import CHUNKS, most_chunks
-from easyrl.steps.packed import GROUPS, PackPlan
+from easyrl.steps.packed import GROUPS, PackPlan, Plans
 from easyrl.steps.state import TrainState, abstract_train_state
 
 
@@ -95,10 +95,10 @@ def whole(mesh: Mesh, dtype, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 
 
-def pack_plan(mesh: Mesh, most: int, rows: int, length: int) -> PackPlan:
-    """The abstract plan that packs up to `most` rows of `length` tokens in groups of `rows`."""
+def pack_plans(mesh: Mesh, most: int, rows: int, length: int) -> Plans:
+    """The abstract plan that packs up to `most` rows of `length` tokens in groups of `rows`, the only one."""
     grid = whole(mesh, jnp.int32, -(-most // rows), rows, length)
-    return PackPlan(grid, grid, grid, whole(mesh, jnp.int32))
+    return (PackPlan(grid, grid, grid, whole(mesh, jnp.int32)),)
 
 
 def groups(most: int, rows: int, fill: float) -> int:

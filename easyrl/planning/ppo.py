@@ -15,7 +15,7 @@ from easyrl.models.branch import join, trained_layers
 from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
-from easyrl.planning.phases import Phase, ScriptPlan, pack_plan, packed_loops, remat_share, trained, whole
+from easyrl.planning.phases import Phase, ScriptPlan, pack_plans, packed_loops, remat_share, trained, whole
 from easyrl.planning.rollout import frozen_rewards, reward_phases, reward_refs, sampling_phase
 from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.sampling.decode import SamplingConfig
@@ -76,7 +76,7 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     # Of the shapes that groups may have, the one for the bulk.
     rows = find_shapes(config, mesh, T, sequences=B)[0].rows
     update_rows = find_shapes(config, mesh, T, sequences=config.mini_batch_size)[0].rows
-    plan, passes_loops = pack_plan(mesh, B, rows, T), packed_loops(B, rows, T, fill)
+    plan, passes_loops = pack_plans(mesh, B, rows, T), packed_loops(B, rows, T, fill)
     forward = make_forward(policy_cfg, ref_cfg, value_cfg, config, mesh)
     forward_arguments = (policy.state.params, ref_params, value.state.params, tokens, mask, plan, bottom)
     all_passes = B * (
@@ -108,7 +108,7 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
         Phase(
             "update",
             make_update(policy_cfg, value_cfg, config, policy_optimizer, value_optimizer, mesh),
-            (state, rollout, pack_plan(mesh, M, update_rows, T), whole(mesh, jnp.bool_), bottom),
+            (state, rollout, pack_plans(mesh, M, update_rows, T), whole(mesh, jnp.bool_), bottom),
             runs=config.ppo_epochs * B / M,
             loops=packed_loops(M, update_rows, T, fill),
             necessary=3 * sum(update_flops.values()),

@@ -17,7 +17,7 @@ from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.memory import device_bytes, item_size
 from easyrl.planning.necessary import ForwardFlops
-from easyrl.planning.phases import Phase, pack_plan, packed_loops, whole
+from easyrl.planning.phases import Phase, pack_plans, packed_loops, whole
 from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.sampling.decode import SamplingConfig, cache_sizes, loop_name, make_sampler
 from easyrl.steps.reward import make_scorer
@@ -69,7 +69,7 @@ def reward_phases(config: Any, responses: int, length: int, mesh: Mesh, fill: fl
     """
     rows = find_shapes(config, mesh, length, sequences=responses)[0].rows
     compute = {**compute_settings(config), "remat": "none"}
-    tokens, plan = whole(mesh, jnp.int32, responses, length), pack_plan(mesh, responses, rows, length)
+    tokens, plan = whole(mesh, jnp.int32, responses, length), pack_plans(mesh, responses, rows, length)
     phases = []
     for number, ref in enumerate(reward_refs(config), 1):
         cfg = find_config(ref, compute=compute, flag="--load_checkpoint_reward")

@@ -17,7 +17,7 @@ from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean
 from easyrl.core.sharding import fetch
-from easyrl.data.packing import most_rows, pack
+from easyrl.data.packing import Shape, pack
 from easyrl.data.prompts import PromptBatch, PromptDataset
 from easyrl.data.tokenizer import Tokenizer, pad_id
 from easyrl.rewards.held_out import score_held_out
@@ -86,8 +86,7 @@ class OnlinePairs:
       sample: `make_sampler`'s, with two responses a prompt and log-probs in the space `model`.
       sources, weights: what judges.
       reference: log-probs of answers under the frozen reference; None: the loss needs none.
-      row_length: tokens in a packed row, which holds a pair; 0: two of the longest responses.
-      rows: packed rows in one pass.
+      shapes: of the groups of packed rows that pairs are learnt from.
       check_in: if given, policy and reference have the same weights and compute in this format: the first step checks
         that the sampler's log-probs are the reference's.
     """
@@ -104,22 +103,15 @@ class OnlinePairs:
         mesh: Mesh,
         *,
         seed: int,
-        rows: int,
-        row_length: int = 0,
+        shapes: tuple[Shape, ...],
         check_in: str = "",
     ):
         self._config, self._prompts, self._sample, self._tokenizer = config, prompts, sample, tokenizer
         self._sources, self._weights, self._reference = sources, weights, reference
-        self._mesh, self._rows, self._check_in = mesh, rows, check_in
+        self._mesh, self._shapes, self._check_in = mesh, shapes, check_in
         self._key = jax.random.key(seed)
         self._batch_size = len(prompts.batch(0).samples)
         self._width = prompts.prompt_length + config.max_continuation_len
-        self._row_length = row_length or EACH * self._width
-        if self._row_length < EACH * self._width:
-            raise UserError(
-                f"--train_dataset.row_length={row_length}: expected at least {EACH * self._width}, two responses with "
-                "their prompts"
-            )
         self._start_scores: list[float] = []
         self.samples: list[dict[str, Any]] = []  # rows for samples.jsonl; whoever writes them empties it
 
@@ -189,22 +181,20 @@ class OnlinePairs:
 
     def _lay_out(self, sampled: SampledBatch, told: np.ndarray) -> tuple[AnswerBatch, dict[str, float], float]:
         """(the pairs that are told, KL from the reference over all responses, share of padding)."""
-        groups = -(-most_rows(len(told), self._width, self._row_length, together=EACH) // self._rows)
 
         def place(chosen: np.ndarray, ref_logprobs: np.ndarray) -> tuple[AnswerBatch, float]:
-            plan = pack(np.where(chosen, sampled.lengths, 0), self._width, self._row_length, together=EACH)
+            lengths = np.where(chosen, sampled.lengths, 0)
+            packing = pack(lengths, self._width, self._shapes, together=EACH)
             mask = sampled.mask & chosen[:, None]
-            placed = place_answers(
-                sampled.tokens, mask, ref_logprobs, plan, self._rows, groups, self._mesh, paired=True
-            )
-            return placed, plan.padding_share(self._rows)
+            placed = place_answers(sampled.tokens, mask, ref_logprobs, packing, self._mesh, paired=True)
+            return placed, packing.padding_share()
 
         nothing = np.zeros(len(told), np.float32)
         if self._reference is None:
             answers, padding = place(told, nothing)
             return answers, {}, padding
         everything, _ = place(np.ones(len(told), bool), nothing)
-        ref_logprobs = fetch(self._reference(everything.tokens, everything.mask, everything.plan))
+        ref_logprobs = fetch(self._reference(everything.tokens, everything.mask, everything.plans))
         logprobs = sampled.sampler_logprobs.sum(axis=1, where=sampled.mask)
         self._check(logprobs - ref_logprobs, sampled.response_lengths)
         answers, padding = place(told, ref_logprobs)

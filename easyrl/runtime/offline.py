@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from easyrl.core.config import flag, to_dict
@@ -39,7 +40,7 @@ from easyrl.runtime.metrics import timeless
 from easyrl.runtime.progress import progress_hook
 from easyrl.runtime.recording import save_recording
 from easyrl.runtime.report import write_report
-from easyrl.runtime.run_config import RunConfig, compute_settings
+from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
 from easyrl.runtime.run_dir import RunDir, make_run_dir
 from easyrl.runtime.trackers import start_trackers, tracker_hooks
 from easyrl.runtime.troubles import Troubles
@@ -132,17 +133,17 @@ def load_prompts(config: OfflineConfig, template: Template) -> tuple[PromptDatas
     return prompts[0], prompts[1] if len(prompts) > 1 else None
 
 
-def load_data(config: OfflineConfig, kind: str, template: Template, rows: int) -> tuple[Loader, Loader | None]:
+def load_data(config: OfflineConfig, kind: str, template: Template, mesh: Mesh) -> tuple[Loader, Loader | None]:
     """Batches of the training data and, if there are any, of the held-out data; prints what became of the rows.
 
-    `kind` is one of `data.formats.KINDS`, `rows` the packed rows in one pass. Raises UserError naming flag and file.
+    `kind` is one of `data.formats.KINDS`. Raises UserError naming flag and file.
     """
-    dataset = load_dataset(config.train_dataset, kind, template)
-    loaders = [Loader(dataset, config.train_dataset, config.seed, rows_multiple=rows)]
+    dataset, find = load_dataset(config.train_dataset, kind, template), partial(find_shapes, config, mesh)
+    loaders = [Loader(dataset, config.train_dataset, config.seed, find_shapes=find)]
     if config.eval_dataset.path:
         dataset = load_dataset(config.held_out, kind, template, "eval_dataset")
         held_out = config.held_out
-        loader = Loader(dataset, held_out, config.seed, name="eval_dataset", rows_multiple=rows, keep_last=True)
+        loader = Loader(dataset, held_out, config.seed, name="eval_dataset", find_shapes=find, keep_last=True)
         loaders.append(loader)
     for name, loader in zip(("train_dataset", "eval_dataset"), loaders, strict=False):
         say(f"--{name}: {loader.summary()}")
@@ -274,8 +275,8 @@ def train(
         number, batch = numbered
         state, metrics = update(state, place(batch))
         metrics = metrics | {"learning_rate": rate(number - 1)}
-        if isinstance(loader, Loader) and isinstance(batch, Batch):
-            metrics["tokens/padding_share"] = batch.plan.padding_share(loader.rows_multiple)
+        if isinstance(batch, Batch):
+            metrics["tokens/padding_share"] = batch.packing.padding_share()
         if evaluation.due(number):
             metrics |= evaluation(state.params, number)
         log_samples(number)

@@ -1,7 +1,7 @@
 """Recorded batches: the arrays that a step's updates were made from, in a safetensors file, with what was known of it.
 
 `python -m easyrl.replay FILE` makes the updates again. The arrays are named as the fields of the tree that they come
-from (`plan/source_GRS`); everything else (step, flags, metrics) is JSON in the file's metadata. Reading one
+from (`plan/0/source_GRS`); everything else (step, flags, metrics) is JSON in the file's metadata. Reading one
 runs no code.
 """
 
@@ -57,15 +57,20 @@ def load_recording(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, A
 
 
 def as_tree(kind: type[T], arrays: Mapping[str, np.ndarray], prefix: str = "") -> T:
-    """The tree of class `kind` (a dataclass of arrays and such trees) that was saved. Raises UserError for a field that
-    is missing and has no default.
+    """The tree of class `kind` (a dataclass of arrays, of such trees and of tuples of them) that was saved.
+
+    Raises UserError for a field that is missing and has no default.
     """
     hints = typing.get_type_hints(kind)
-    fields = {}
+    fields: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]  # flax's classes are dataclasses
-        name = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(hints[field.name]):
-            fields[field.name] = as_tree(hints[field.name], arrays, f"{name}/")
+        name, hint = f"{prefix}{field.name}", hints[field.name]
+        parts = {key.removeprefix(f"{name}/").split("/")[0] for key in arrays if key.startswith(f"{name}/")}
+        if dataclasses.is_dataclass(hint):
+            fields[field.name] = as_tree(typing.cast(type, hint), arrays, f"{name}/")
+        elif typing.get_origin(hint) is tuple and "0" in parts:
+            each = typing.get_args(hint)[0]
+            fields[field.name] = tuple(as_tree(each, arrays, f"{name}/{part}/") for part in range(len(parts)))
         elif name in arrays:
             fields[field.name] = arrays[name]
         elif field.default is dataclasses.MISSING:

@@ -104,14 +104,3 @@ def find_shapes(
             f"--micro_batch_size={rows}: does not divide by dp x fsdp = {shards} of --mesh_dim={config.mesh_dim}"
             + (f", and by {together}, for pairs" if together > 1 else "")
         ) from None
-
-
-def rows_per_pass(config: RunConfig, mesh: Mesh) -> int:
-    """Packed rows in one pass over the model. Raises UserError when the devices cannot share them evenly."""
-    shards = num_data_shards(mesh)
-    rows = config.micro_batch_size or shards
-    if rows % shards:
-        raise UserError(
-            f"--micro_batch_size={rows}: does not divide by dp x fsdp = {shards} of --mesh_dim={config.mesh_dim}"
-        )
-    return rows

@@ -25,10 +25,18 @@ from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean, constant_mean, mean_of
 from easyrl.core.sharding import Shard, put, replicated
-from easyrl.data.packing import Plan
+from easyrl.data.packing import Packing
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.steps.logprobs import next_token_logprobs
-from easyrl.steps.packed import PackPlan, gather, grads_over_groups, place_plan, sums_over_groups
+from easyrl.steps.packed import (
+    PackPlan,
+    Plans,
+    gather,
+    grads_over_groups,
+    place_plans,
+    sums_over_groups,
+    tokens_planned,
+)
 from easyrl.steps.segments import packed_rows, pairs_together, sequence_sums
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 
@@ -103,34 +111,32 @@ class DPOConfig:
 
 
 class AnswerBatch(flax.struct.PyTreeNode):
-    """A padded batch of answered prompts, what the reference says of them, and the plan that packs it."""
+    """A padded batch of answered prompts, what the reference says of them, and the plans that pack it."""
 
     tokens: Array  # int32 [B, T]
     mask: Array  # bool [B, T], nowhere True in a filler
     ref_logprobs: Array  # float32 [B]; not read by the losses that need no reference
-    plan: PackPlan
+    plans: Plans
 
 
 def place_answers(
     tokens: np.ndarray,
     mask: np.ndarray,
     ref_logprobs: np.ndarray,
-    packing: Plan,
-    rows: int,
-    groups: int,
+    packing: Packing,
     mesh: Mesh,
     *,
     paired: bool,
 ) -> AnswerBatch:
-    """Host arrays as a batch that every device holds, in `groups` groups of `rows` packed rows.
+    """Host arrays as a batch that every device holds.
 
     Raises ValueError when answers are `paired` and `packing` parts a pair.
     """
-    if paired and not pairs_together(packing.source, rows, tokens.shape):
-        raise ValueError(f"the packing plan parts a pair: both its answers must be in one group of {rows} rows")
+    if paired and not pairs_together(packing, tokens.shape):
+        raise ValueError("the packing plan parts a pair: both its answers must be in one group")
     arrays = (np.asarray(tokens, np.int32), np.asarray(mask, bool), np.asarray(ref_logprobs, np.float32))
     placed = put(arrays, replicated(mesh))
-    return AnswerBatch(placed[0], placed[1], placed[2], place_plan(*packing, rows, groups, mesh))
+    return AnswerBatch(placed[0], placed[1], placed[2], place_plans(packing, len(tokens), mesh))
 
 
 def answer_logprobs(
@@ -151,7 +157,7 @@ def make_answer_logprobs(cfg: ModelConfig, mesh: Mesh) -> Callable:
     """`logprobs(params, tokens, mask, plan) -> float32 [B]`, jitted: the log-prob of each answer, no gradient."""
     shard, cfg = Shard(mesh), cfg.without_gradient
 
-    def logprobs(params: dict, tokens: Array, mask: Array, plan: PackPlan) -> Array:
+    def logprobs(params: dict, tokens: Array, mask: Array, plan: Plans) -> Array:
         return sums_over_groups(plan, lambda group: answer_logprobs(params, cfg, group, tokens, mask, shard)[0])
 
     return jax.jit(logprobs, out_shardings=replicated(mesh))
@@ -173,14 +179,14 @@ def make_dpo_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mes
     def step(state: TrainState, batch: AnswerBatch) -> tuple[TrainState, dict[str, Mean]]:
         counts = _counts(batch, config)
         grads, metrics = grads_over_groups(
-            batch.plan, lambda params, group: objective(params, group, batch, counts), state.params, shardings.params
+            batch.plans, lambda params, group: objective(params, group, batch, counts), state.params, shardings.params
         )
         pairs = metrics["preference_loss"].count > 0
         metrics = with_total_loss(metrics, config)
         state, taken = apply_gradients(state, grads, optimizer, metrics["loss"].total, pairs)
         metrics["grad_norm"] = constant_mean(optax.tree.norm(grads))
         metrics["skipped"] = constant_mean(pairs & ~taken)
-        metrics["tokens"] = constant_mean(jnp.sum(batch.plan.segment_ids_GRS > 0))
+        metrics["tokens"] = constant_mean(tokens_planned(batch.plans))
         return state, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
@@ -194,7 +200,7 @@ def make_dpo_eval(cfg: ModelConfig, mesh: Mesh, config: DPOConfig) -> Callable:
     objective = _objective(cfg, mesh, config)
 
     def evaluate(params: dict, batch: AnswerBatch) -> dict[str, Mean]:
-        return sums_over_groups(batch.plan, lambda group: objective(params, group, batch, (1.0, 1.0))[1])
+        return sums_over_groups(batch.plans, lambda group: objective(params, group, batch, (1.0, 1.0))[1])
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 

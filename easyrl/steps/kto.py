@@ -18,7 +18,7 @@ from easyrl.core.masking import Mean, constant_mean
 from easyrl.core.sharding import Shard, replicated
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.steps.dpo import AnswerBatch, DPOConfig, answer_logprobs
-from easyrl.steps.packed import PackPlan, grads_over_groups, sums_over_groups
+from easyrl.steps.packed import PackPlan, grads_over_groups, sums_over_groups, tokens_planned
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 
 Array = jax.Array
@@ -48,7 +48,7 @@ def make_kto_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mes
         baseline = _baseline(state.params, cfg, batch, mesh)
         count = jnp.maximum(jnp.sum(batch.answers.mask.any(axis=1), dtype=jnp.float32), 1.0)
         grads, metrics = grads_over_groups(
-            batch.answers.plan,
+            batch.answers.plans,
             lambda params, group: objective(params, group, batch, baseline, count),
             state.params,
             shardings.params,
@@ -57,9 +57,7 @@ def make_kto_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mes
         state, taken = apply_gradients(state, grads, optimizer, metrics["loss"].total)
         metrics["grad_norm"] = constant_mean(optax.tree.norm(grads))
         metrics["skipped"] = constant_mean(1.0 - taken)
-        metrics["tokens"] = constant_mean(
-            sum(jnp.sum(part.plan.segment_ids_GRS > 0) for part in (batch.answers, batch.mismatched))
-        )
+        metrics["tokens"] = constant_mean(tokens_planned(batch.answers.plans) + tokens_planned(batch.mismatched.plans))
         return state, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
@@ -74,7 +72,7 @@ def make_kto_eval(cfg: ModelConfig, mesh: Mesh, config: DPOConfig) -> Callable:
 
     def evaluate(params: dict, batch: KTOBatch) -> dict[str, Mean]:
         baseline = _baseline(params, cfg, batch, mesh)
-        return sums_over_groups(batch.answers.plan, lambda group: objective(params, group, batch, baseline, 1.0)[1])
+        return sums_over_groups(batch.answers.plans, lambda group: objective(params, group, batch, baseline, 1.0)[1])
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 
@@ -89,7 +87,7 @@ def _baseline(params: dict, cfg: ModelConfig, batch: KTOBatch, mesh: Mesh) -> Ar
     """z0 of the batch, before it is held at 0."""
     shard, others = Shard(mesh), batch.mismatched
     logprobs = sums_over_groups(
-        others.plan, lambda group: answer_logprobs(params, cfg, group, others.tokens, others.mask, shard)[0]
+        others.plans, lambda group: answer_logprobs(params, cfg, group, others.tokens, others.mask, shard)[0]
     )
     return kto_baseline(logprobs, others.ref_logprobs, others.mask.any(axis=1)).value
 

@@ -5,7 +5,7 @@ groups of a fixed shape by a loop whose trip count is data: one compiled program
 many groups as the batch has tokens for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyrl.core.sharding import put, replicated
-from easyrl.data.packing import Plan, Shape
+from easyrl.data.packing import Packing, Plan
 
 Array = jax.Array
 
@@ -41,29 +41,27 @@ class PackPlan(flax.struct.PyTreeNode):
         return PackPlan(pick(self.source_GRS), pick(self.positions_GRS), pick(self.segment_ids_GRS), self.count)
 
 
-Plans = PackPlan | tuple[PackPlan, ...]  # one plan, or one for each shape of groups
+Plans = tuple[PackPlan, ...]  # one for each shape of groups
 
 
-def place_plans(plans: Sequence[Plan], shapes: Sequence[Shape], sequences: int, mesh: Mesh) -> tuple[PackPlan, ...]:
-    """Host plans of groups of these `shapes`, which hold up to `sequences` sequences in all, on every device."""
-    return tuple(
-        place_plan(*plan, shape.rows, -(-sequences // shape.rows), mesh)
-        for plan, shape in zip(plans, shapes, strict=True)
-    )
+def place_plans(packing: Packing, sequences: int, mesh: Mesh) -> Plans:
+    """The plans of a batch of `sequences` sequences, with as many groups as it could need, on every device."""
 
+    def place(plan: Plan, rows: int) -> PackPlan:
+        used, length = plan.source.shape
+        groups = -(-sequences // rows)
+        assert used <= rows * groups, (used, rows, groups)
 
-def place_plan(source: np.ndarray, positions: np.ndarray, segment_ids: np.ndarray, rows: int, groups: int, mesh: Mesh):
-    """A host plan [rows_used, S] as a `PackPlan` of `groups` groups of `rows` rows on every device."""
-    used, length = source.shape
-    assert used <= rows * groups, (used, rows, groups)
+        def fill(array: np.ndarray, empty: int) -> np.ndarray:
+            full = np.full((groups * rows, length), empty, np.int32)
+            full[:used] = array
+            return full.reshape(groups, rows, length)
 
-    def fill(array, empty):
-        full = np.full((groups * rows, length), empty, np.int32)
-        full[:used] = array
-        return full.reshape(groups, rows, length)
+        count = np.asarray(-(-used // rows), np.int32)
+        arrays = (fill(plan.source, -1), fill(plan.positions, 0), fill(plan.segment_ids, 0), count)
+        return PackPlan(*put(arrays, replicated(mesh)))
 
-    count = np.asarray(-(-used // rows), np.int32)
-    return PackPlan(*put((fill(source, -1), fill(positions, 0), fill(segment_ids, 0), count), replicated(mesh)))
+    return tuple(place(plan, shape.rows) for plan, shape in zip(packing.plans, packing.shapes, strict=True))
 
 
 def gather(x_BT: Array, source: Array, empty: Any = 0) -> Array:
@@ -86,7 +84,7 @@ def scatter(into_BT: Array, source: Array, values: Array) -> Array:
 
 def over_groups(plans: Plans, carry: Any, body: Callable[[PackPlan, Any], Any]) -> Any:
     """carry = body(group, carry) for every group in use. The trip count is data: one program for every batch."""
-    for plan in _each(plans):
+    for plan in plans:
 
         def step(number, carry, plan=plan):
             # Of a plan with one group XLA would see that no round differs from another, and compute in front of the
@@ -101,18 +99,17 @@ def over_groups(plans: Plans, carry: Any, body: Callable[[PackPlan, Any], Any]) 
 
 def count_planned(plans: Plans, mask_BT: Array) -> Array:
     """float32 scalar: how many True entries of a padded batch the plans hold."""
-    return sum(
-        (jnp.sum(gather(mask_BT, plan.source_GRS, False), dtype=jnp.float32) for plan in _each(plans)), jnp.zeros(())
-    )
+    return sum((jnp.sum(gather(mask_BT, plan.source_GRS, False), dtype=jnp.float32) for plan in plans), jnp.zeros(()))
 
 
-def _each(plans: Plans) -> tuple[PackPlan, ...]:
-    return (plans,) if isinstance(plans, PackPlan) else plans
+def tokens_planned(plans: Plans) -> Array:
+    """int32 scalar: the tokens that the plans hold."""
+    return sum((jnp.sum(plan.segment_ids_GRS > 0) for plan in plans), jnp.zeros((), jnp.int32))
 
 
 def sums_over_groups(plans: Plans, measure: Callable[[PackPlan], Any]) -> Any:
     """The sum of `measure(group)`, a tree of arrays, over the groups in use."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure, _each(plans)[0].group(0)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure, plans[0].group(0)))
     return over_groups(plans, zeros, lambda group, sums: jax.tree.map(jnp.add, sums, measure(group)))
 
 
@@ -124,7 +121,7 @@ def grads_over_groups(
     Each group's loss must already be divided by counts of the whole batch, so that a sum over groups is the batch's
     mean whatever the grouping. Gradients add up in float32, laid out like the parameters; `metrics` is a tree of sums.
     """
-    shapes = jax.eval_shape(objective, params, _each(plans)[0].group(0))[1]
+    shapes = jax.eval_shape(objective, params, plans[0].group(0))[1]
     metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
 

@@ -27,10 +27,10 @@ from easyrl.data.dataset import Dataset
 from easyrl.data.loader import Batch, Loader
 from easyrl.models.families import ModelConfig
 from easyrl.steps.dpo import AnswerBatch, make_answer_logprobs, place_answers
-from easyrl.steps.packed import PackPlan
+from easyrl.steps.packed import Plans
 
 Array = jax.Array
-Logprobs = Callable[[Array, Array, PackPlan], Array]  # (tokens, mask, plan) -> float32 [B]
+Logprobs = Callable[[Array, Array, Plans], Array]  # (tokens, mask, plan) -> float32 [B]
 
 VERSION = 1  # of the files and of what a log-prob means: a change of either makes earlier files useless
 SECONDS_BETWEEN_LINES = 30.0  # of the progress bar in a log file
@@ -54,45 +54,39 @@ class Answers:
     """The batches of a loader on the devices, each answer with its log-prob under the reference.
 
     Args:
-      rows: packed rows in one pass over the model.
       table: float32 [samples, per_sample], the log-probs of the whole data set.
       live: asked for every batch. With neither of the two the log-probs are 0, for losses that read none.
     """
 
-    def __init__(
-        self, loader: Loader, rows: int, mesh: Mesh, *, table: np.ndarray | None = None, live: Logprobs | None = None
-    ):
+    def __init__(self, loader: Loader, mesh: Mesh, *, table: np.ndarray | None = None, live: Logprobs | None = None):
         self.loader = loader
-        self._rows, self._mesh, self._table, self._live = rows, mesh, table, live
-        self._groups = -(-loader.most_rows // rows)
+        self._mesh, self._table, self._live = mesh, table, live
 
     def __call__(self, batch: Batch) -> AnswerBatch:
         ref_logprobs = np.zeros(len(batch.tokens), np.float32)
         if self._table is not None:
             ref_logprobs = np.where(batch.samples[:, None] >= 0, self._table[batch.samples], 0.0).reshape(-1)
         placed = place_answers(
-            batch.tokens, batch.mask, ref_logprobs, batch.plan, self._rows, self._groups, self._mesh,
+            batch.tokens, batch.mask, ref_logprobs, batch.packing, self._mesh,
             paired=self.loader.dataset.per_sample == 2,
         )  # fmt: skip
         if self._live is None:
             return placed
-        return placed.replace(ref_logprobs=self._live(placed.tokens, placed.mask, placed.plan))
+        return placed.replace(ref_logprobs=self._live(placed.tokens, placed.mask, placed.plans))
 
 
-def answers_of(
-    loader: Loader, rows: int, mesh: Mesh, reference: ReferenceModel | None, *, beforehand: bool, name: str
-) -> Answers:
+def answers_of(loader: Loader, mesh: Mesh, reference: ReferenceModel | None, *, beforehand: bool, name: str) -> Answers:
     """The loader's batches with the log-probs of `reference`, asked about all data `beforehand` or batch by batch.
 
     None: there is no reference. `name` is shown with the progress bar. A reference asked beforehand is not held on to.
     """
-    unasked = Answers(loader, rows, mesh)
+    unasked = Answers(loader, mesh)
     if reference is None:
         return unasked
     if not beforehand:
-        return Answers(loader, rows, mesh, live=reference.logprobs)
+        return Answers(loader, mesh, live=reference.logprobs)
     table = precompute(unasked, reference.logprobs, cache_folder(loader.dataset, reference), name)
-    return Answers(loader, rows, mesh, table=table)
+    return Answers(loader, mesh, table=table)
 
 
 def cache_folder(dataset: Dataset, reference: ReferenceModel) -> Path:
@@ -133,7 +127,7 @@ def precompute(answers: Answers, logprobs: Logprobs, folder: Path, name: str) ->
             for start in range(first, last, size):
                 stop = min(start + size, last)
                 batch = answers(loader.take(np.arange(start, stop)))
-                found = fetch(logprobs(batch.tokens, batch.mask, batch.plan))
+                found = fetch(logprobs(batch.tokens, batch.mask, batch.plans))
                 table[start:stop] = found.reshape(size, -1)[: stop - start]
                 bar.update(stop - start)
             from_first(partial(_write_part, folder, first, table[first:last]))

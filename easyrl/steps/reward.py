@@ -24,7 +24,7 @@ from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean, constant_mean
 from easyrl.core.sharding import Shard, fetch, num_data_shards, put, replicated
-from easyrl.data.packing import Plan, group_shapes, pack_groups
+from easyrl.data.packing import Packing, group_shapes, pack
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.models.heads import scalar
 from easyrl.models.trunk import trunk
@@ -34,9 +34,9 @@ from easyrl.steps.packed import (
     gather,
     grads_over_groups,
     over_groups,
-    place_plan,
     place_plans,
     sums_over_groups,
+    tokens_planned,
 )
 from easyrl.steps.segments import last_tokens, packed_rows, pairs_together, sequence_sums
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
@@ -69,7 +69,7 @@ class RewardLossConfig:
 
 
 class RewardBatch(flax.struct.PyTreeNode):
-    """A padded batch, what is known of its answers, and the plan that packs it.
+    """A padded batch, what is known of its answers, and the plans that pack it.
 
     Pairwise, rows 2i and 2i + 1 are the chosen and the rejected answer of pair i and `targets` are margins [B / 2];
     pointwise, `targets` are labels [B]. Rows of length 0 are filler.
@@ -78,28 +78,26 @@ class RewardBatch(flax.struct.PyTreeNode):
     tokens: Array  # int32 [B, T]
     lengths: Array  # int32 [B]
     targets: Array  # float32
-    plan: PackPlan
+    plans: Plans
 
 
 def place_reward_batch(
     tokens: np.ndarray,
     lengths: np.ndarray,
     targets: np.ndarray,
-    packing: Plan,
-    rows: int,
-    groups: int,
+    packing: Packing,
     mesh: Mesh,
 ) -> RewardBatch:
-    """Host arrays as a batch that every device holds, in `groups` groups of `rows` packed rows.
+    """Host arrays as a batch that every device holds.
 
     Raises ValueError when `packing` parts a pair; whether there are pairs shows in the size of `targets`.
     """
     paired = len(targets) != len(tokens)
-    if paired and not pairs_together(packing.source, rows, tokens.shape):
-        raise ValueError(f"the packing plan parts a pair: both its sequences must be in one group of {rows} rows")
+    if paired and not pairs_together(packing, tokens.shape):
+        raise ValueError("the packing plan parts a pair: both its sequences must be in one group")
     arrays = (np.asarray(tokens, np.int32), np.asarray(lengths, np.int32), np.asarray(targets, np.float32))
     placed_tokens, placed_lengths, placed_targets = put(arrays, replicated(mesh))
-    return RewardBatch(placed_tokens, placed_lengths, placed_targets, place_plan(*packing, rows, groups, mesh))
+    return RewardBatch(placed_tokens, placed_lengths, placed_targets, place_plans(packing, len(tokens), mesh))
 
 
 def make_reward_step(
@@ -121,12 +119,12 @@ def make_reward_step(
     def step(state: TrainState, batch: RewardBatch) -> tuple[TrainState, dict[str, Mean]]:
         count = jnp.maximum(jnp.sum(_real(batch), dtype=jnp.float32), 1.0)
         grads, metrics = grads_over_groups(
-            batch.plan, lambda params, group: objective(params, group, batch, count), state.params, shardings.params
+            batch.plans, lambda params, group: objective(params, group, batch, count), state.params, shardings.params
         )
         state, taken = apply_gradients(state, grads, optimizer, metrics["loss"].total)
         metrics["grad_norm"] = constant_mean(optax.tree.norm(grads))
         metrics["skipped"] = constant_mean(1.0 - taken)
-        metrics["tokens"] = constant_mean(jnp.sum(batch.plan.segment_ids_GRS > 0))
+        metrics["tokens"] = constant_mean(tokens_planned(batch.plans))
         return state, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
@@ -145,7 +143,7 @@ def make_reward_eval(cfg: ModelConfig, mesh: Mesh, config: RewardLossConfig, *, 
             scores, here = _group_scores(params, cfg, group, batch.tokens, batch.lengths, pad_id, shard)
             return _group_loss(scores, here, batch, config)[1], scores
 
-        return sums_over_groups(batch.plan, measure)
+        return sums_over_groups(batch.plans, measure)
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 
@@ -254,7 +252,7 @@ class SequenceScorer:
         lengths = np.zeros(self._num_sequences, np.int32)
         for row, sequence in enumerate(sequences):
             tokens[row, : len(sequence)], lengths[row] = sequence, len(sequence)
-        plans = pack_groups(lengths, self._max_length, self._shapes)
+        packing = pack(lengths, self._max_length, self._shapes)
         whole = put((tokens, lengths), replicated(self._mesh))
-        placed = place_plans(plans, self._shapes, self._num_sequences, self._mesh)
+        placed = place_plans(packing, self._num_sequences, self._mesh)
         return fetch(self._score(self._params, *whole, placed))[: len(sequences)]

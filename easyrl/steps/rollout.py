@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean, add_metrics
 from easyrl.core.sharding import fetch, put, replicated
-from easyrl.data.packing import Shape, pack_groups
+from easyrl.data.packing import Shape, pack
 from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import Passes, PPOState, Rollout
 
@@ -88,8 +88,8 @@ def run_updates(
     width = rollout.tokens.shape[1]
     stopped, metrics = put(np.zeros((), bool), replicated(mesh)), dict[str, Mean]()
     for chosen in minibatches(len(lengths), size, epochs, key):
-        plans = pack_groups(lengths_of(lengths, chosen), width, shapes)
-        state, stopped, new = update(state, rollout, place_plans(plans, shapes, size, mesh), stopped)
+        packing = pack(lengths_of(lengths, chosen), width, shapes)
+        state, stopped, new = update(state, rollout, place_plans(packing, size, mesh), stopped)
         metrics = add_metrics(metrics, new) if metrics else new
     return state, metrics
 

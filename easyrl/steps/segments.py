@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from easyrl.core.sharding import Shard
+from easyrl.data.packing import Packing
 from easyrl.steps.packed import PackPlan, gather
 
 Array = jax.Array
@@ -42,10 +43,17 @@ def last_tokens(tokens_BT: Array, lengths_B: Array, pad_id: int | None = None) -
     return (places == last_B[:, None]) & (lengths_B[:, None] > 0)
 
 
-def pairs_together(source: np.ndarray, rows: int, shape_BT: tuple[int, ...]) -> bool:
-    """Whether a host plan keeps each sequence whole and sequences 2i and 2i + 1 in one group of `rows` packed rows."""
-    group = np.broadcast_to(np.arange(len(source))[:, None] // rows, source.shape)[source >= 0]
-    pair = source[source >= 0] // shape_BT[1] // 2
+def pairs_together(packing: Packing, shape_BT: tuple[int, ...]) -> bool:
+    """Whether a host's packing keeps sequences 2i and 2i + 1 in one group."""
     group_of = np.full(shape_BT[0] // 2, -1)
-    group_of[pair] = group
-    return bool(np.all(group_of[pair] == group))
+    first = 0  # group of this shape
+    for plan, shape in zip(packing.plans, packing.shapes, strict=True):
+        inside = plan.source >= 0
+        group = np.broadcast_to(first + np.arange(len(inside))[:, None] // shape.rows, inside.shape)[inside]
+        pair = plan.source[inside] // shape_BT[1] // 2
+        before = group_of[pair]
+        group_of[pair] = group
+        if np.any((before >= 0) | (group_of[pair] != group)):
+            return False
+        first += -(-len(inside) // shape.rows)
+    return True

@@ -16,10 +16,19 @@ from jax.sharding import Mesh
 
 from easyrl.core.masking import Mean, constant_mean, mean_of
 from easyrl.core.sharding import Shard, put, replicated
-from easyrl.data.packing import Plan
+from easyrl.data.packing import Packing
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.steps.logprobs import next_token_logprobs
-from easyrl.steps.packed import PackPlan, gather, grads_over_groups, place_plan, sums_over_groups
+from easyrl.steps.packed import (
+    PackPlan,
+    Plans,
+    count_planned,
+    gather,
+    grads_over_groups,
+    place_plans,
+    sums_over_groups,
+    tokens_planned,
+)
 from easyrl.steps.segments import packed_rows
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 
@@ -27,19 +36,17 @@ Array = jax.Array
 
 
 class SFTBatch(flax.struct.PyTreeNode):
-    """A padded batch and the plan that packs it."""
+    """A padded batch and the plans that pack it."""
 
     tokens: Array  # int32 [B, T]
     mask: Array  # bool [B, T], False at each sequence's last token
-    plan: PackPlan
+    plans: Plans
 
 
-def place_sft_batch(
-    tokens: np.ndarray, mask: np.ndarray, packing: Plan, rows: int, groups: int, mesh: Mesh
-) -> SFTBatch:
-    """Host arrays as a batch that every device holds, in `groups` groups of `rows` packed rows."""
+def place_sft_batch(tokens: np.ndarray, mask: np.ndarray, packing: Packing, mesh: Mesh) -> SFTBatch:
+    """Host arrays as a batch that every device holds."""
     placed_tokens, placed_mask = put((np.asarray(tokens, np.int32), np.asarray(mask, bool)), replicated(mesh))
-    return SFTBatch(placed_tokens, placed_mask, place_plan(*packing, rows, groups, mesh))
+    return SFTBatch(placed_tokens, placed_mask, place_plans(packing, len(tokens), mesh))
 
 
 def make_sft_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> Callable:
@@ -54,9 +61,9 @@ def make_sft_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mes
     shardings = state_shardings(param_specs(cfg, "lm"), optimizer, mesh)
 
     def step(state: TrainState, batch: SFTBatch) -> tuple[TrainState, dict[str, Mean]]:
-        count = jnp.sum(gather(batch.mask, batch.plan.source_GRS, False), dtype=jnp.float32)
+        count = count_planned(batch.plans, batch.mask)
         grads, metrics = grads_over_groups(
-            batch.plan,
+            batch.plans,
             lambda params, group: objective(params, group, batch, jnp.maximum(count, 1.0)),
             state.params,
             shardings.params,
@@ -64,7 +71,7 @@ def make_sft_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mes
         state, taken = apply_gradients(state, grads, optimizer, metrics["loss"].total)
         metrics["grad_norm"] = constant_mean(optax.tree.norm(grads))
         metrics["skipped"] = constant_mean(1.0 - taken)
-        metrics["tokens"] = constant_mean(jnp.sum(batch.plan.segment_ids_GRS > 0))
+        metrics["tokens"] = constant_mean(tokens_planned(batch.plans))
         return state, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
@@ -78,7 +85,7 @@ def make_sft_eval(cfg: ModelConfig, mesh: Mesh) -> Callable:
     objective = _objective(cfg, mesh)
 
     def evaluate(params: dict, batch: SFTBatch) -> dict[str, Mean]:
-        return sums_over_groups(batch.plan, lambda group: objective(params, group, batch, 1.0)[1])
+        return sums_over_groups(batch.plans, lambda group: objective(params, group, batch, 1.0)[1])
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 

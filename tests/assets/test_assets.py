@@ -11,7 +11,7 @@ from easyrl import assets
 from easyrl.assets import stories
 from easyrl.core.sharding import make_mesh
 from easyrl.data.messages import Message
-from easyrl.data.packing import pack
+from easyrl.data.packing import Shape, pack
 from easyrl.data.templates import load_template
 from easyrl.data.tokenizer import check_vocabulary, encode, fingerprint, load_tokenizer
 from easyrl.hf.refs import load_model
@@ -104,7 +104,7 @@ def test_the_policy_has_learnt_to_write_stories(mesh, template):
         ids, start = answered(template, story["prompt"], story["completion"])
         tokens[row, : len(ids)], mask[row, start - 1 : len(ids) - 1] = ids, True
         lengths.append(len(ids))
-    batch = place_sft_batch(tokens, mask, pack(np.array(lengths), 128, 128), 16, 4, mesh)
+    batch = place_sft_batch(tokens, mask, pack(np.array(lengths), 128, [Shape(16, 128)]), mesh)
     loss = make_sft_eval(model.cfg, mesh)(model.params, batch)["loss"]
     assert perplexity(loss) < 2.5  # of 768 tokens; a story says little that its grammar does not
 

@@ -46,7 +46,7 @@ def test_every_file_loads_as_a_whole(shared_data, template):
 @pytest.mark.slow
 def test_packing_wastes_under_five_per_cent(shared_data, template):
     for file in files(shared_data, "prefs"):
-        config = PackedDatasetConfig(path=str(file), seq_length=1024, batch_size=128)
+        config = PackedDatasetConfig(path=str(file), seq_length=1024, batch_size=64)
         dataset = load_dataset(config, kind_of(file), template)
         assert Loader(dataset, config, 0).padding_share() < 0.05, file.name
 

@@ -42,6 +42,7 @@ def assert_alike(one, other, arrays, real):
         same(a, b)
 
 
+@pytest.mark.parametrize("kept", [True, False])  # the scores, for the backward pass
 @pytest.mark.parametrize(
     ("T", "lengths", "N", "K", "window"),
     [
@@ -51,8 +52,9 @@ def assert_alike(one, other, arrays, real):
         (256, (256,), 2, 2, None),
     ],
 )
-def test_blocks_are_plain_attention(monkeypatch, T, lengths, N, K, window):
-    monkeypatch.setattr(long_attention, "BLOCK", 128)
+def test_blocks_are_plain_attention(monkeypatch, kept, T, lengths, N, K, window):
+    monkeypatch.setattr(long_attention, "LONG_BLOCK", 128)
+    monkeypatch.setattr(long_attention, "SHORT", T if kept else T - 1)
     q, k, v, positions, segments = draw(2, T, N, K, 8, lengths)
     mask = attention_mask(positions, segments, positions, segments, window)
     slopes = np.linspace(0.1, 0.5, N, dtype=np.float32) if K == 1 else None
@@ -82,8 +84,7 @@ def test_splash_is_plain_attention(window, with_mesh):
 
 
 @pytest.mark.parametrize("attention", ["blocks", "splash"])
-def test_a_model_gives_the_same_whatever_its_attention(monkeypatch, attention):
-    monkeypatch.setattr(long_attention, "BLOCK", 64)
+def test_a_model_gives_the_same_whatever_its_attention(attention):
     _, _, _, positions, segments = draw(2, 256, 4, 2, 8, (130, 30, 80))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 256)), jnp.int32)
     cfg = tiny_config(max_positions=256, attention="xla")
@@ -97,14 +98,16 @@ def test_a_model_gives_the_same_whatever_its_attention(monkeypatch, attention):
 
 
 def test_blocks_are_large_and_few():
-    assert [block_size(T) for T in (1, 1025, 4096, 4097, 8192, 100_000)] == [512, 512, 512, 640, 1024, 12544]
+    assert [block_size(T) for T in (1, 128, 512, 513, 1024)] == [128, 128, 128, 256, 256]
+    assert [block_size(T) for T in (1025, 4096, 4097, 8192, 100_000)] == [512, 512, 640, 1024, 12544]
 
 
 @pytest.mark.parametrize(
     ("platform", "kind", "changes", "expected"),
     [
         ("cpu", "cpu", {}, "blocks"),
-        ("cpu", "cpu", {"queries": 1024, "keys": 1024}, "xla"),
+        ("cpu", "cpu", {"queries": 256, "keys": 256}, "blocks"),
+        ("cpu", "cpu", {"queries": 128, "keys": 128}, "xla"),
         ("tpu", "TPU v3", {}, "blocks"),
         ("tpu", "TPU v4", {}, "splash"),
         ("tpu", "TPU v5 lite", {"queries": 128, "keys": 128}, "splash"),

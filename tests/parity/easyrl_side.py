@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyrl.core.sharding import make_mesh, put, replicated
-from easyrl.data.packing import most_rows, pack
+from easyrl.data.packing import Shape, pack
 from easyrl.hf.refs import find_model, load_weights
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.steps.dpo import AnswerBatch, DPOConfig, make_answer_logprobs, make_dpo_step, place_answers
@@ -39,7 +39,8 @@ from tests.parity.cases import (
     run_all,
 )
 
-WIDTH, ROW_LENGTH, ROWS = 32, 80, 2  # of padded batches; of packed rows; packed rows in one pass
+WIDTH = 32  # of padded batches
+SHAPES = (Shape(2, 80), Shape(2, 48), Shape(2, 32))  # of groups of packed rows
 Sequences = list[tuple[list[int], list[int]]]  # prompt and answer
 
 
@@ -52,18 +53,12 @@ def padded(sequences: Sequences) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tokens, np.array([len(prompt + answer) for prompt, answer in sequences]), mask
 
 
-def layout(lengths: np.ndarray, *, together: int = 1) -> dict[str, Any]:
-    """The arguments of the `place_...` functions that say how a batch is packed."""
-    groups = -(-most_rows(len(lengths), WIDTH, ROW_LENGTH, together=together) // ROWS)
-    return {"packing": pack(lengths, WIDTH, ROW_LENGTH, together=together), "rows": ROWS, "groups": groups}
-
-
 def place_answered(sequences: Sequences, mesh: Mesh, reference: Callable, *, paired: bool) -> AnswerBatch:
     """Answers on the device, with what the reference says of them."""
     tokens, lengths, mask = padded(sequences)
-    where = layout(lengths, together=1 + paired)
-    placed = place_answers(tokens, mask, np.zeros(len(tokens)), mesh=mesh, paired=paired, **where)
-    return placed.replace(ref_logprobs=reference(placed.tokens, placed.mask, placed.plan))
+    packing = pack(lengths, WIDTH, SHAPES, together=1 + paired)
+    placed = place_answers(tokens, mask, np.zeros(len(tokens)), packing, mesh, paired=paired)
+    return placed.replace(ref_logprobs=reference(placed.tokens, placed.mask, placed.plans))
 
 
 def batches(case: Case, pairs: list[dict], mesh: Mesh, reference: Callable) -> Iterator[Any]:
@@ -78,11 +73,11 @@ def batches(case: Case, pairs: list[dict], mesh: Mesh, reference: Callable) -> I
             tokens, lengths, mask = padded(chosen)
             if case.data == ALL_TOKENS:
                 mask = np.arange(WIDTH) < lengths[:, None] - 1
-            yield place_sft_batch(tokens, mask, mesh=mesh, **layout(lengths))
+            yield place_sft_batch(tokens, mask, pack(lengths, WIDTH, SHAPES), mesh)
         elif case.trainer == "Reward":
             tokens, lengths, _ = padded(both)
             margins = np.array([pair["margin"] if case.data == MARGINS else 0.0 for pair in batch])
-            yield place_reward_batch(tokens, lengths, margins, mesh=mesh, **layout(lengths, together=2))
+            yield place_reward_batch(tokens, lengths, margins, pack(lengths, WIDTH, SHAPES, together=2), mesh)
         elif case.trainer == "KTO":
             labels = np.array([pair["label"] for pair in batch])
             answers = [good if label else bad for good, bad, label in zip(chosen, rejected, labels, strict=True)]

@@ -43,7 +43,8 @@ fill = jax.jit(
 before = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark so far
 state, batch = fill()
-batch = batch.replace(plan=batch.plan.replace(count=jax.device_put(jnp.int32(2), batch.plan.count.sharding)))
+(rows,) = batch.plans
+batch = batch.replace(plans=(rows.replace(count=jax.device_put(jnp.int32(2), rows.count.sharding)),))
 for _ in range(2):
     state, metrics = step(state, batch)
     jax.block_until_ready(state)

@@ -9,9 +9,10 @@ import pytest
 
 from easyrl.core.params import abstract, init_params
 from easyrl.core.sharding import make_mesh, put, replicated
+from easyrl.data.packing import Packing, Plan, Shape
 from easyrl.models.families import param_specs
 from easyrl.models.llama import LlamaConfig
-from easyrl.steps.packed import PackPlan, place_plan
+from easyrl.steps.packed import PackPlan, Plans, place_plans
 from easyrl.steps.ppo import PPOState, Rollout, branch_specs
 from easyrl.steps.state import TrainState
 
@@ -29,6 +30,11 @@ def value_cfg(cfg) -> LlamaConfig:
     return dataclasses.replace(cfg, num_layers=1, mlp_size=40)
 
 
+def placed(plan: Plan, mesh, rows: int, groups: int) -> Plans:
+    """The plan as the only one of a batch, on the devices, with room for so many groups."""
+    return place_plans(Packing((Shape(rows, plan.source.shape[1]),), (plan,)), rows * groups, mesh)
+
+
 @dataclasses.dataclass
 class Ragged:
     """Right-padded rows: tokens [B, T], the number of real tokens of each, and which tokens are responses."""
@@ -42,7 +48,7 @@ class Ragged:
         B, T = self.tokens.shape
         real = np.arange(T) < self.lengths[:, None]
         source = np.where(real, np.arange(B * T).reshape(B, T), -1)
-        return place_plan(source, np.where(real, np.arange(T), 0), real.astype(np.int32), rows, groups, mesh)
+        return placed(Plan(source, np.where(real, np.arange(T), 0), real.astype(np.int32)), mesh, rows, groups)
 
     def packed_plan(self, mesh, rows: int, groups: int, length: int):
         """A plan that fills rows of `length` greedily with whole samples, last sample first."""
@@ -61,7 +67,7 @@ class Ragged:
                 positions[row, start:end] = np.arange(end - start)
                 segments[row, start:end] = number
                 start = end
-        return place_plan(source, positions, segments, rows, groups, mesh)
+        return placed(Plan(source, positions, segments), mesh, rows, groups)
 
 
 @pytest.fixture(scope="package")
@@ -98,10 +104,10 @@ def rollout_shapes(batch: int, length: int, hidden: jax.ShapeDtypeStruct | None 
     return Rollout(**{name: jax.ShapeDtypeStruct(*field) for name, field in fields.items()}).replace(hidden=hidden)
 
 
-def plan_shapes(batch: int, rows: int, length: int) -> PackPlan:
-    """The shapes of a plan of one row a sample in groups of `rows`."""
+def plan_shapes(batch: int, rows: int, length: int) -> Plans:
+    """The shapes of a plan of one row a sample in groups of `rows`, the only one."""
     packed = jax.ShapeDtypeStruct((batch // rows, rows, length), jnp.int32)
-    return PackPlan(packed, packed, packed, jax.ShapeDtypeStruct((), jnp.int32))
+    return (PackPlan(packed, packed, packed, jax.ShapeDtypeStruct((), jnp.int32)),)
 
 
 def state_shapes(cfg, ppo, optimizer, mesh) -> PPOState:

@@ -10,7 +10,7 @@ from easyrl.algos.dpo import LOSSES, REFERENCE_FREE
 from easyrl.core.errors import UserError
 from easyrl.core.masking import add_metrics
 from easyrl.core.sharding import make_mesh, put, replicated
-from easyrl.data.packing import one_per_row, pack
+from easyrl.data.packing import Shape, pack
 from easyrl.models.families import param_specs
 from easyrl.models.heads import lm_logits
 from easyrl.models.trunk import trunk
@@ -22,12 +22,12 @@ from easyrl.steps.dpo import (
     place_answers,
     with_total_loss,
 )
-from easyrl.steps.packed import place_plan
+from easyrl.steps.packed import place_plans
 from easyrl.steps.state import create_train_state
 from tests.steps.conftest import make_params
 
 # mesh, rows per group, packed row length (0: one pair a row)
-LAYOUTS = [("1,1,1", 1, 0), ("1,1,1", 2, 60), ("2,2,2", 4, 48)]
+LAYOUTS = [("1,1,1", 2, ()), ("1,1,1", 2, (30, 24)), ("2,2,2", 4, (48,))]
 OPTIONS = {"sigmoid": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.2}, "simpo": {"beta": 2.0}}
 
 
@@ -92,14 +92,15 @@ def reference(ragged):
     return (-4.6 * ragged.mask.sum(axis=1) + rng.normal(size=8)).astype(np.float32)
 
 
-def place(ragged, ref_logprobs, mesh, rows, length, extra=0):
+def place(ragged, ref_logprobs, mesh, rows, choices, extra=0):
     """The ragged batch as pairs, with `extra` filler sequences behind it."""
     T = ragged.tokens.shape[1]
     tokens, mask = np.pad(ragged.tokens, ((0, extra), (0, 0))), np.pad(ragged.mask, ((0, extra), (0, 0)))
     lengths = np.pad(ragged.lengths, (0, extra))
-    packing = pack(lengths, T, length, together=2) if length else one_per_row(lengths, T, 2 * T, together=2)
+    shapes = [Shape(rows, length) for length in choices or (T,)]
+    packing = pack(lengths, T, shapes, together=2, packed=bool(choices))
     ref_logprobs = np.pad(ref_logprobs, (0, extra), constant_values=7.0)
-    return place_answers(tokens, mask, ref_logprobs, packing, rows, 8 // rows + 1, mesh, paired=True)
+    return place_answers(tokens, mask, ref_logprobs, packing, mesh, paired=True)
 
 
 def start(cfg, mesh):
@@ -121,11 +122,11 @@ def check(cfg, ragged, config, layouts, reference):
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (loss, logprobs), grads = jax.device_get(plain(make_params(cfg, "lm", mesh_of("1,1,1"))))
-    for mesh_dim, rows, length in layouts:
+    for mesh_dim, rows, choices in layouts:
         mesh = mesh_of(mesh_dim)
         state = start(cfg, mesh)
         before = jax.device_get(state.params)
-        batch = place(ragged, reference, mesh, rows, length, extra=2 if length else 0)
+        batch = place(ragged, reference, mesh, rows, choices, extra=2 if choices else 0)
 
         evaluated = with_total_loss(make_dpo_eval(cfg, mesh, config)(state.params, batch), config)
         state, metrics = make_dpo_step(cfg, optax.sgd(1.0), mesh, config)(state, batch)
@@ -162,7 +163,7 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
 def test_every_loss_is_that_of_its_paper(cfg, ragged, reference, one_device):
     params = make_params(cfg, "lm", one_device)
     logprobs, lengths = jax.jit(plain_answers, static_argnums=(1, 2))(params, cfg, Frozen(ragged))
-    batch = place(ragged, reference, one_device, 2, 60, extra=2)
+    batch = place(ragged, reference, one_device, 2, (60,), extra=2)
     for loss in LOSSES:
         config = DPOConfig(loss, nll_coef=0.5, nll_per_token=False, **OPTIONS.get(loss, {}))
         found = with_total_loss(make_dpo_eval(cfg, one_device, config)(params, batch), config)["loss"].value
@@ -177,8 +178,8 @@ def test_both_terms_have_their_gradient_when_answers_weigh_alike(cfg, ragged, re
 def test_a_policy_equal_to_its_reference_has_loss_log_2(cfg, ragged, one_device):
     state = start(cfg, one_device)
     live = make_answer_logprobs(cfg, one_device)
-    batch = place(ragged, np.zeros(8), one_device, 2, 60)
-    batch = batch.replace(ref_logprobs=live(state.params, batch.tokens, batch.mask, batch.plan))
+    batch = place(ragged, np.zeros(8), one_device, 2, (30, 24))
+    batch = batch.replace(ref_logprobs=live(state.params, batch.tokens, batch.mask, batch.plans))
     _, metrics = make_dpo_step(cfg, optax.sgd(1.0), one_device, DPOConfig())(state, batch)
     np.testing.assert_allclose(metrics["loss"].value, np.log(2.0), rtol=1e-6)
     np.testing.assert_allclose(metrics["rewards/margins"].value, 0.0, atol=1e-6)
@@ -187,9 +188,9 @@ def test_a_policy_equal_to_its_reference_has_loss_log_2(cfg, ragged, one_device)
 def test_reference_logprobs_are_those_of_single_sequences(cfg, ragged, one_device):
     params = make_params(cfg, "lm", one_device, seed=5)
     expected, _ = jax.jit(plain_answers, static_argnums=(1, 2))(params, cfg, Frozen(ragged))
-    for mesh_dim, rows, length in LAYOUTS[1:3]:
+    for mesh_dim, rows, choices in LAYOUTS[1:3]:
         mesh = mesh_of(mesh_dim)
-        plan = place_plan(*pack(ragged.lengths, 24, length), rows, 8 // rows + 1, mesh)
+        plan = place_plans(pack(ragged.lengths, 24, [Shape(rows, length) for length in choices]), 8, mesh)
         arrays = put((ragged.tokens, ragged.mask), replicated(mesh))
         logprobs = make_answer_logprobs(cfg, mesh)(make_params(cfg, "lm", mesh, seed=5), *arrays, plan)
         np.testing.assert_allclose(logprobs, expected, rtol=1e-5)
@@ -198,21 +199,21 @@ def test_reference_logprobs_are_those_of_single_sequences(cfg, ragged, one_devic
 def test_batches_add_up_to_the_data_set(cfg, ragged, reference, one_device):
     config = DPOConfig("sigmoid", nll_coef=1.0)
     evaluate, params = make_dpo_eval(cfg, one_device, config), make_params(cfg, "lm", one_device)
-    whole = with_total_loss(evaluate(params, place(ragged, reference, one_device, 2, 60)), config)
+    whole = with_total_loss(evaluate(params, place(ragged, reference, one_device, 2, (30, 24))), config)
     parts = []
     for kept in (slice(0, 2), slice(2, 8)):
         part = Frozen(ragged)
         part.lengths, part.mask = np.zeros(8, np.int64), np.zeros_like(ragged.mask)
         part.lengths[kept], part.mask[kept] = ragged.lengths[kept], ragged.mask[kept]
-        parts.append(evaluate(params, place(part, reference, one_device, 2, 60)))
+        parts.append(evaluate(params, place(part, reference, one_device, 2, (30, 24))))
     for name, mean in with_total_loss(add_metrics(*parts), config).items():
         np.testing.assert_allclose(mean.value, whole[name].value, rtol=1e-5, err_msg=name)
 
 
 def test_a_plan_that_parts_a_pair_is_refused(ragged, reference, one_device):
-    apart = one_per_row(ragged.lengths, 24, 24)
-    with pytest.raises(ValueError, match="parts a pair: both its answers must be in one group of 1 rows"):
-        place_answers(ragged.tokens, ragged.mask, reference, apart, 1, 8, one_device, paired=True)
+    apart = pack(ragged.lengths, 24, [Shape(1, 24)], packed=False)
+    with pytest.raises(ValueError, match="parts a pair: both its answers must be in one group"):
+        place_answers(ragged.tokens, ragged.mask, reference, apart, one_device, paired=True)
 
 
 def test_only_the_trained_model_has_optimizer_state(cfg, one_device):

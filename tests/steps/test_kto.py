@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from easyrl.core.sharding import make_mesh, put, replicated
-from easyrl.data.packing import one_per_row, pack
+from easyrl.data.packing import Shape, pack
 from easyrl.models.families import param_specs
 from easyrl.steps.dpo import DPOConfig, place_answers
 from easyrl.steps.kto import KTOBatch, make_kto_eval, make_kto_step, with_margins
@@ -15,8 +15,8 @@ from easyrl.steps.state import create_train_state
 from tests.steps.conftest import make_params
 from tests.steps.test_dpo import plain_answers, sigmoid
 
-# mesh, rows per group, packed row length (0: one sequence a row)
-LAYOUTS = [("1,1,1", 1, 0), ("1,1,1", 2, 40), ("2,2,2", 4, 48)]
+# mesh, rows per group, lengths of packed rows (none: one sequence a row)
+LAYOUTS = [("1,1,1", 1, ()), ("1,1,1", 2, (36, 24)), ("2,2,2", 4, (24,))]
 CONFIG = DPOConfig("kto", beta=0.2, desirable_weight=1.3, undesirable_weight=0.8)
 DESIRABLE = np.array([True, False, False, True])
 
@@ -28,16 +28,16 @@ def reference(ragged):
     return (-4.6 * ragged.mask.sum(axis=1) + rng.normal(size=8) - 2.0 * (np.arange(8) % 2)).astype(np.float32)
 
 
-def place(ragged, ref_logprobs, mesh, rows, length, extra=0):
+def place(ragged, ref_logprobs, mesh, rows, choices, extra=0):
     """The ragged batch, its odd rows taken as mismatches, with `extra` fillers behind each half."""
     T = ragged.tokens.shape[1]
 
     def half(first):
         tokens, mask = (np.pad(x[first::2], ((0, extra), (0, 0))) for x in (ragged.tokens, ragged.mask))
         lengths = np.pad(ragged.lengths[first::2], (0, extra))
-        packing = pack(lengths, T, length) if length else one_per_row(lengths, T, T)
+        packing = pack(lengths, T, [Shape(rows, length) for length in choices or (T,)], packed=bool(choices))
         ref = np.pad(ref_logprobs[first::2], (0, extra), constant_values=7.0)
-        return place_answers(tokens, mask, ref, packing, rows, 4 // rows + 1, mesh, paired=False)
+        return place_answers(tokens, mask, ref, packing, mesh, paired=False)
 
     desirable = put(np.pad(DESIRABLE, (0, extra), constant_values=True), replicated(mesh))
     return KTOBatch(half(0), half(1), desirable)
@@ -59,13 +59,13 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
     (loss, (logprobs, baseline)), grads = jax.device_get(plain(make_params(cfg, "lm", one_device)))
     rewards = CONFIG.beta * (logprobs - reference)[::2]
     assert baseline > 0.1
-    for mesh_dim, rows, length in LAYOUTS:
+    for mesh_dim, rows, choices in LAYOUTS:
         mesh = make_mesh(mesh_dim, jax.devices()[: 1 if mesh_dim == "1,1,1" else 8])
         optimizer = optax.sgd(1.0)  # the update is the gradient
         params = make_params(cfg, "lm", mesh)
         before = jax.device_get(params)
         state = create_train_state(params, param_specs(cfg, "lm"), optimizer, mesh)
-        batch = place(ragged, reference, mesh, rows, length, extra=2 if length else 0)
+        batch = place(ragged, reference, mesh, rows, choices, extra=2 if choices else 0)
 
         evaluated = with_margins(make_kto_eval(cfg, mesh, CONFIG)(state.params, batch))
         state, metrics = make_kto_step(cfg, optimizer, mesh, CONFIG)(state, batch)

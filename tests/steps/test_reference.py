@@ -60,10 +60,10 @@ def answer_lengths(dataset):
 
 def test_the_table_holds_every_answer_and_serves_every_batch(load, mesh, tmp_path):
     loader = load()
-    table = precompute(Answers(loader, 2, mesh), Counting(), tmp_path / "kept", "data")
+    table = precompute(Answers(loader, mesh), Counting(), tmp_path / "kept", "data")
     np.testing.assert_array_equal(table, -answer_lengths(loader.dataset))
     held_out = Loader(loader.dataset, PackedDatasetConfig(seq_length=32, batch_size=4), seed=1, keep_last=True)
-    from_table, live = Answers(held_out, 2, mesh, table=table), Answers(held_out, 2, mesh, live=Counting())
+    from_table, live = Answers(held_out, mesh, table=table), Answers(held_out, mesh, live=Counting())
     for step in range(3):  # the last batch is not full
         batch = held_out.batch(step)
         for answers in (from_table, live):
@@ -72,7 +72,7 @@ def test_the_table_holds_every_answer_and_serves_every_batch(load, mesh, tmp_pat
 
 def test_a_killed_call_loses_one_part_and_a_finished_one_computes_nothing(load, mesh, tmp_path):
     loader, folder = load(), tmp_path / "kept"
-    ask = partial(precompute, Answers(loader, 2, mesh), folder=folder, name="data")
+    ask = partial(precompute, Answers(loader, mesh), folder=folder, name="data")
     with pytest.raises(KeyboardInterrupt):
         ask(Counting(dies_at=3))
     assert sorted(path.name for path in folder.iterdir()) == ["000000000.npy", "000000004.npy"]
@@ -85,9 +85,9 @@ def test_a_killed_call_loses_one_part_and_a_finished_one_computes_nothing(load, 
 
 def test_another_batch_size_goes_on_with_the_same_parts(load, mesh, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        precompute(Answers(load(), 2, mesh), Counting(dies_at=3), tmp_path / "kept", "data")
+        precompute(Answers(load(), mesh), Counting(dies_at=3), tmp_path / "kept", "data")
     loader, rest = load(batch_size=3), Counting()
-    table = precompute(Answers(loader, 2, mesh), rest, tmp_path / "kept", "data")
+    table = precompute(Answers(loader, mesh), rest, tmp_path / "kept", "data")
     np.testing.assert_array_equal(table, -answer_lengths(loader.dataset))
     assert rest.calls == 1
 
@@ -95,10 +95,10 @@ def test_another_batch_size_goes_on_with_the_same_parts(load, mesh, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not numpy", b"\x93NUMPY\x01\x00cut short"])
 def test_a_damaged_part_is_computed_again(load, mesh, tmp_path, content):
     loader, folder = load(), tmp_path / "kept"
-    table = precompute(Answers(loader, 2, mesh), Counting(), folder, "data")
+    table = precompute(Answers(loader, mesh), Counting(), folder, "data")
     (folder / "000000004.npy").write_bytes(content)
     rest = Counting()
-    np.testing.assert_array_equal(precompute(Answers(loader, 2, mesh), rest, folder, "data"), table)
+    np.testing.assert_array_equal(precompute(Answers(loader, mesh), rest, folder, "data"), table)
     assert rest.calls == 2
 
 
@@ -122,4 +122,4 @@ def test_what_decides_the_numbers_decides_the_folder(load):
 def test_a_folder_that_cannot_be_written_is_named(load, mesh, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cache folder .*file/kept: cannot be written \(Not a directory\)"):
-        precompute(Answers(load(), 2, mesh), Counting(), tmp_path / "file" / "kept", "data")
+        precompute(Answers(load(), mesh), Counting(), tmp_path / "file" / "kept", "data")

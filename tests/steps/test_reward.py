@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from easyrl.core.sharding import make_mesh
-from easyrl.data.packing import one_per_row, pack
+from easyrl.data.packing import Shape, pack
 from easyrl.models.families import param_specs
 from easyrl.models.heads import scalar
 from easyrl.models.trunk import trunk
@@ -26,10 +26,10 @@ PAIRWISE = RewardLossConfig("pairwise", label_smoothing=0.1, center_coef=0.05)
 POINTWISE = RewardLossConfig("pointwise")
 MARGINS = np.array([0.0, 0.5, 2.0, -0.25], np.float32)
 LABELS = np.array([1, 0, 0, 1, 1, 1, 0, 0], np.float32)
-# mesh, rows per group, packed row length (0: one pair, or sequence, a row)
+# mesh, rows per group, lengths of packed rows (none: one sequence a row)
 LAYOUTS = {
-    "pairwise": [("1,1,1", 1, 0), ("8,1,1", 8, 48), ("1,2,4", 2, 70)],
-    "pointwise": [("2,2,2", 4, 48)],
+    "pairwise": [("1,1,1", 2, ()), ("8,1,1", 8, (48,)), ("1,2,4", 2, (40, 24))],
+    "pointwise": [("2,2,2", 4, (48, 24))],
 }
 
 
@@ -60,19 +60,16 @@ def plain_loss(scores, config):
     return jnp.mean(preference + config.center_coef * (chosen + rejected) ** 2)
 
 
-def place(ragged, config, mesh, rows, length, extra=0):
+def place(ragged, config, mesh, rows, choices, extra=0):
     """The ragged batch, with `extra` filler sequences behind it."""
     T = ragged.tokens.shape[1]
     tokens = np.pad(ragged.tokens, ((0, extra), (0, 0)))
     lengths = np.pad(ragged.lengths, (0, extra))
     together = 2 if config.loss == "pairwise" else 1
     targets = np.pad(MARGINS if together == 2 else LABELS, (0, extra // together), constant_values=9.0)
-    packing = (
-        pack(lengths, T, length, together=together)
-        if length
-        else one_per_row(lengths, T, T * together, together=together)
-    )
-    return place_reward_batch(tokens, lengths, targets, packing, rows, 8 // rows + 1, mesh)
+    shapes = [Shape(rows, length) for length in choices or (T,)]
+    packing = pack(lengths, T, shapes, together=together, packed=bool(choices))
+    return place_reward_batch(tokens, lengths, targets, packing, mesh)
 
 
 @pytest.mark.parametrize("config", [PAIRWISE, POINTWISE], ids=lambda config: config.loss)
@@ -87,13 +84,13 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
 
     (loss, scores), grads = jax.device_get(plain(make_params(cfg, "reward", one_device)))
     better = scores[::2] > scores[1::2] if config is PAIRWISE else (scores > 0) == LABELS
-    for mesh_dim, rows, length in LAYOUTS[config.loss]:
+    for mesh_dim, rows, choices in LAYOUTS[config.loss]:
         mesh = make_mesh(mesh_dim, jax.devices()[: 1 if mesh_dim == "1,1,1" else 8])
         optimizer = optax.sgd(1.0)  # the update is the gradient
         params = make_params(cfg, "reward", mesh)
         before = jax.device_get(params)
         state = create_train_state(params, param_specs(cfg, "reward"), optimizer, mesh)
-        batch = place(ragged, config, mesh, rows, length, extra=2 if length else 0)
+        batch = place(ragged, config, mesh, rows, choices, extra=2 if choices else 0)
 
         state, metrics = make_reward_step(cfg, optimizer, mesh, config)(state, batch)
 
@@ -114,11 +111,11 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
 
 def test_a_plan_that_parts_a_pair_is_refused(cfg, ragged, one_device):
     T = ragged.tokens.shape[1]
-    apart = one_per_row(ragged.lengths, T, T)  # rows of a pair follow each other: together in groups of 2, not of 1
-    assert pairs_together(apart.source, 2, ragged.tokens.shape)
-    assert pairs_together(pack(ragged.lengths, T, 60, together=2).source, 1, ragged.tokens.shape)
-    with pytest.raises(ValueError, match="parts a pair: both its sequences must be in one group of 1 rows"):
-        place_reward_batch(ragged.tokens, ragged.lengths, MARGINS, apart, 1, 8, one_device)
+    together = pack(ragged.lengths, T, [Shape(2, 60), Shape(2, 40)], together=2)
+    apart = pack(ragged.lengths, T, [Shape(1, T)], packed=False)
+    assert pairs_together(together, ragged.tokens.shape) and not pairs_together(apart, ragged.tokens.shape)
+    with pytest.raises(ValueError, match="parts a pair: both its sequences must be in one group"):
+        place_reward_batch(ragged.tokens, ragged.lengths, MARGINS, apart, one_device)
 
 
 @pytest.mark.parametrize("mesh_dim", ["1,1,1", "2,2,2"])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from easyrl.core.errors import UserError
-from easyrl.data.packing import one_per_row, pack
+from easyrl.data.packing import Shape, pack
 from easyrl.sampling.decode import SamplingConfig, make_sampler
-from easyrl.steps.packed import place_plan
+from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import Passes, PPOConfig, Rollout, make_finish, make_forward
 from easyrl.steps.rollout import SampledBatch, join_samples, lengths_of, minibatches, self_check
 from tests.steps.conftest import everywhere, make_params
@@ -41,7 +41,8 @@ def parts_of(cfg, value_cfg, one_device):
     rng = np.random.default_rng(0)
     prompts, lengths = rng.integers(0, 96, (B, P)).astype(np.int32), rng.integers(1, P + 1, B).astype(np.int32)
     forward, finish = make_forward(cfg, cfg, value_cfg, PPO, one_device), make_finish(PPO, one_device)
-    place = lambda plan: place_plan(*plan, 2, 4, one_device)
+    shapes = [Shape(2, P + C)]
+    place = lambda lengths, packed: place_plans(pack(lengths, P + C, shapes, packed=packed), B, one_device)
 
     def build(temperature, reference_seed):
         sample = make_sampler(cfg, SamplingConfig(max_new_tokens=C, temperature=temperature), stop_ids=STOP_IDS)
@@ -50,9 +51,7 @@ def parts_of(cfg, value_cfg, one_device):
         tokens, mask = everywhere((batch.tokens, batch.mask), one_device)
         scores, kl_coef = everywhere((np.linspace(-1, 2, B, dtype=np.float32), np.float32(0.3)), one_device)
         models = (params, make_params(cfg, "lm", one_device, reference_seed), value)
-        passes, again = (
-            forward(*models, tokens, mask, place(plan(batch.lengths, P + C, P + C))) for plan in (pack, one_per_row)
-        )
+        passes, again = (forward(*models, tokens, mask, place(batch.lengths, packed)) for packed in (True, False))
         rollout, _, _ = finish(tokens, mask, passes, scores, kl_coef)
         return Parts(*jax.device_get((batch, rollout, passes, again)))
 

@@ -8,7 +8,7 @@ import pytest
 
 from easyrl.core.masking import Mean, add_means
 from easyrl.core.sharding import make_mesh
-from easyrl.data.packing import one_per_row, pack
+from easyrl.data.packing import Shape, pack
 from easyrl.models.families import param_specs
 from easyrl.models.heads import lm_logits
 from easyrl.models.trunk import trunk
@@ -16,14 +16,14 @@ from easyrl.steps.sft import make_sft_eval, make_sft_step, perplexity, place_sft
 from easyrl.steps.state import create_train_state
 from tests.steps.conftest import make_params
 
-# mesh, rows per group, packed row length (0: one sequence a row)
-LAYOUTS = [("1,1,1", 1, 0), ("8,1,1", 8, 24), ("1,2,4", 4, 60)]
+# mesh, rows per group, lengths of packed rows (none: one sequence a row)
+LAYOUTS = [("1,1,1", 1, ()), ("8,1,1", 8, (24,)), ("1,2,4", 4, (60, 30))]
 
 
-def place(ragged, mask, mesh, rows, length):
+def place(ragged, mask, mesh, rows, choices):
     T = ragged.tokens.shape[1]
-    packing = pack(ragged.lengths, T, length) if length else one_per_row(ragged.lengths, T, T)
-    return place_sft_batch(ragged.tokens, mask, packing, rows, 8 // rows + 1, mesh)
+    packing = pack(ragged.lengths, T, [Shape(rows, length) for length in choices or (T,)], packed=bool(choices))
+    return place_sft_batch(ragged.tokens, mask, packing, mesh)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def expected(cfg, one_device, ragged):
 
 def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ragged, expected):
     loss, grads = expected
-    for mesh_dim, rows, length in LAYOUTS:
+    for mesh_dim, rows, choices in LAYOUTS:
         mesh = make_mesh(mesh_dim, jax.devices()[: 1 if mesh_dim == "1,1,1" else 8])
         optimizer = optax.sgd(1.0)  # the update is the gradient
         params = make_params(cfg, "lm", mesh)
@@ -57,11 +57,11 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
         state = create_train_state(params, param_specs(cfg, "lm"), optimizer, mesh)
         step = make_sft_step(cfg, optimizer, mesh)
 
-        state, metrics = step(state, place(ragged, np.zeros_like(ragged.mask), mesh, rows, length))
+        state, metrics = step(state, place(ragged, np.zeros_like(ragged.mask), mesh, rows, choices))
         assert metrics["loss"].value == 0 and metrics["loss"].count == 0
         jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
 
-        state, metrics = step(state, place(ragged, ragged.mask, mesh, rows, length))
+        state, metrics = step(state, place(ragged, ragged.mask, mesh, rows, choices))
         np.testing.assert_allclose(metrics["loss"].value, loss, rtol=1e-5)
         after = jax.device_get(state.params)
         jax.tree.map(lambda a, b, g: np.testing.assert_allclose(a - b, g, atol=1e-5), before, after, grads)
@@ -73,7 +73,7 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
 
 def test_evaluation_gives_the_loss_and_its_perplexity(cfg, ragged, expected):
     mesh = make_mesh("2,2,2")
-    batch = place(ragged, ragged.mask, mesh, rows=4, length=48)
+    batch = place(ragged, ragged.mask, mesh, rows=4, choices=(48, 24))
     metrics = make_sft_eval(cfg, mesh)(make_params(cfg, "lm", mesh), batch)
     np.testing.assert_allclose(metrics["loss"].value, expected[0], rtol=1e-5)
     assert metrics["loss"].count == metrics["entropy"].count == ragged.mask.sum()

@@ -7,7 +7,7 @@ trainers, over 30 steps and for every loss, are compared by `make parity` (docs/
 import numpy as np
 import pytest
 
-from easyrl.data.packing import pack
+from easyrl.data.packing import Shape, pack
 from easyrl.hf.export import export_model
 from easyrl.hf.load import load_params
 from easyrl.models.families import param_specs
@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 MARGINS = np.array([0.0, 0.5, 1.0, 0.25], np.float32)
 REFERENCE = np.linspace(-30.0, -20.0, 8).astype(np.float32)
+SHAPES = [Shape(2, 48), Shape(2, 24)]  # of groups of packed rows
 LR, DECAY = 1e-2, 0.1
 
 
@@ -57,19 +58,19 @@ def torch_reward(model, ragged):
 
 
 def our_sft(cfg, ragged, optimizer, mesh):
-    batch = place_sft_batch(ragged.tokens % 40, ragged.mask, pack(ragged.lengths, 24, 48), 2, 4, mesh)
+    batch = place_sft_batch(ragged.tokens % 40, ragged.mask, pack(ragged.lengths, 24, SHAPES), mesh)
     return make_sft_step(cfg, optimizer, mesh), batch
 
 
 def our_dpo(cfg, ragged, optimizer, mesh):
-    packing = pack(ragged.lengths, 24, 48, together=2)
-    batch = place_answers(ragged.tokens % 40, ragged.mask, REFERENCE, packing, 2, 4, mesh, paired=True)
+    packing = pack(ragged.lengths, 24, SHAPES, together=2)
+    batch = place_answers(ragged.tokens % 40, ragged.mask, REFERENCE, packing, mesh, paired=True)
     return make_dpo_step(cfg, optimizer, mesh, DPOConfig()), batch
 
 
 def our_reward(cfg, ragged, optimizer, mesh):
-    packing = pack(ragged.lengths, 24, 48, together=2)
-    batch = place_reward_batch(ragged.tokens % 40, ragged.lengths, MARGINS, packing, 2, 4, mesh)
+    packing = pack(ragged.lengths, 24, SHAPES, together=2)
+    batch = place_reward_batch(ragged.tokens % 40, ragged.lengths, MARGINS, packing, mesh)
     return make_reward_step(cfg, optimizer, mesh, RewardLossConfig(center_coef=0.05)), batch
 
 
