@@ -291,7 +291,9 @@ def main(config: Config) -> None:
             packing = pack(sampled.lengths, max_length, shapes)
             tokens, mask = put((sampled.tokens, sampled.mask), whole)
             models = (state.policy.params, frozen.reference, state.value.params)
-            passes = forward(*models, tokens, mask, place_plans(packing, len(tokens), mesh))
+            drawn = (sampled.sampler_logprobs, sampled.sampler_entropies)
+            known = put(drawn, whole) if config.old_logprobs == "sampler" else None
+            passes = forward(*models, tokens, mask, place_plans(packing, len(tokens), mesh), sampler=known)
             # While the device runs the passes, the host scores.
             scored, moments.value = score_responses(responses, sources, weights, config, moments.value)
             learnt, rewards = put((sampled.mask & scored.keep[:, None], scored.rewards), whole)

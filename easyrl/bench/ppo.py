@@ -47,6 +47,9 @@ class Config(ModelBenchConfig):
     prompt_length: int = flag(128, "Tokens of a prompt, for --workload=fixed.", least=1)
     new_tokens: int = flag(128, "Tokens of a response, for --workload=fixed.", least=1)
     mini_batch_size: int = flag(8, "Responses in one optimizer step.", least=1)
+    old_logprobs: str = flag(
+        "trainer", "Who computes the log-probs before the update, as in train_ppo.", choices=("trainer", "sampler")
+    )
     lr: float = flag(1e-6, "Learning rate.", least=0)
 
 
@@ -107,7 +110,10 @@ def main(config: Config) -> None:
             with timer.phase("score"):
                 tokens, mask = put((sampled.tokens, sampled.mask), whole)
                 plans = place_plans(pack(sampled.lengths, width, shapes), num_samples, mesh)
-                passes = forward(state.policy.params, reference, state.value.params, tokens, mask, plans)
+                drawn = (sampled.sampler_logprobs, sampled.sampler_entropies)
+                known = put(drawn, whole) if config.old_logprobs == "sampler" else None
+                models = (state.policy.params, reference, state.value.params)
+                passes = forward(*models, tokens, mask, plans, sampler=known)
                 scores = scorer([row[:length] for row, length in zip(sampled.tokens, sampled.lengths, strict=True)])
                 rollout, _, metrics = finish(tokens, mask, passes, put(scores, whole), state.kl_coef)
                 jax.block_until_ready(rollout)

@@ -78,9 +78,11 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     update_rows = find_shapes(config, mesh, T, sequences=config.mini_batch_size)[0].rows
     plan, passes_loops = pack_plans(mesh, B, rows, T), packed_loops(B, rows, T, fill)
     forward = make_forward(policy_cfg, ref_cfg, value_cfg, config, mesh)
-    forward_arguments = (policy.state.params, ref_params, value.state.params, tokens, mask, plan, bottom)
+    drawn = whole(mesh, jnp.float32, B, T)
+    sampler = (drawn, drawn) if config.old_logprobs == "sampler" else None
+    forward_arguments = (policy.state.params, ref_params, value.state.params, tokens, mask, plan, bottom, sampler)
     all_passes = B * (
-        flops["policy"].sequence(length, logits=length)
+        (flops["policy"].sequence(length, logits=length) if sampler is None else 0.0)
         + flops["ref"].sequence(length, logits=length)
         + flops["value"].sequence(length)
         + (below.sequence(length) if below else 0.0)

@@ -63,7 +63,8 @@ class Samples(flax.struct.PyTreeNode):
 
     tokens_BC: Array  # int32; pad_id after the response
     lengths_B: Array  # int32; the end token counts
-    logprobs_BC: Array  # float32; 0 after the response
+    logprobs_BC: Array  # float32; 0 after the response, as are entropies
+    entropies_BC: Array  # of the distributions that log-probs are of
     ended_B: Array  # bool: the last token is a stop id, which the model sampled; False: cut at max_new_tokens
     steps: Array  # int32: tokens drawn for the longest row, the loop's length
 
@@ -74,6 +75,7 @@ class _Rows(flax.struct.PyTreeNode):
     step: Array
     tokens_BC: Array
     logprobs_BC: Array
+    entropies_BC: Array
     lengths_B: Array
     done_B: Array
     seen_BV: Array | None  # tokens of the prompt and the response so far; None without a repetition penalty
@@ -128,16 +130,20 @@ def make_sampler(
         """The next token of every row that goes on."""
         logits_BV = lm_logits(params, cfg, hidden_BD)
         tokens_B = next_tokens(sampling, logits_BV, row_keys_B, rows.step, stop_ids, rows.seen_BV)
-        logprobs_B, _ = token_logprobs(logits_BV, tokens_B, logprob_temperature)
+        logprobs_B, entropies_B = token_logprobs(logits_BV, tokens_B, logprob_temperature)
         tokens_B = jnp.where(rows.done_B, pad_id, tokens_B)
-        logprobs_B = jnp.where(rows.done_B, 0.0, logprobs_B)
         seen_BV = rows.seen_BV
         if seen_BV is not None:
             seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), tokens_B].set(True)
+
+        def put(into_BC: Array, new_B: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(into_BC, new_B[:, None], rows.step, axis=1)
+
         return _Rows(
             step=rows.step + 1,
-            tokens_BC=jax.lax.dynamic_update_slice_in_dim(rows.tokens_BC, tokens_B[:, None], rows.step, axis=1),
-            logprobs_BC=jax.lax.dynamic_update_slice_in_dim(rows.logprobs_BC, logprobs_B[:, None], rows.step, axis=1),
+            tokens_BC=put(rows.tokens_BC, tokens_B),
+            logprobs_BC=put(rows.logprobs_BC, jnp.where(rows.done_B, 0.0, logprobs_B)),
+            entropies_BC=put(rows.entropies_BC, jnp.where(rows.done_B, 0.0, entropies_B)),
             lengths_B=rows.lengths_B + ~rows.done_B,
             done_B=rows.done_B | jnp.isin(tokens_B, jnp.asarray(stop_ids, jnp.int32)),
             seen_BV=seen_BV,
@@ -178,6 +184,7 @@ def make_sampler(
             step=jnp.zeros((), jnp.int32),
             tokens_BC=by_row(jnp.full((B, C), pad_id, jnp.int32)),
             logprobs_BC=by_row(jnp.zeros((B, C), jnp.float32)),
+            entropies_BC=by_row(jnp.zeros((B, C), jnp.float32)),
             lengths_B=by_row(jnp.zeros(B, jnp.int32)),
             done_B=prompt_lengths_B == 0,
             seen_BV=seen_BV,
@@ -205,7 +212,7 @@ def make_sampler(
             with jax.named_scope(loop_name(size)):
                 cache, rows = jax.lax.while_loop(go_on, decode, (grow_cache(cache, size), rows))
         ended_B = rows.done_B & (rows.lengths_B > 0)
-        return Samples(rows.tokens_BC, rows.lengths_B, rows.logprobs_BC, ended_B, rows.step)
+        return Samples(rows.tokens_BC, rows.lengths_B, rows.logprobs_BC, rows.entropies_BC, ended_B, rows.step)
 
     return sample
 

@@ -56,6 +56,12 @@ class PPOConfig:
         "Distribution whose log-probs enter ratio and KL: after the temperature, or the model's own at temperature 1.",
         choices=("sampling", "model"),
     )
+    old_logprobs: str = flag(
+        "trainer",
+        "Who computes the log-probs before the update, which the ratio starts from: the trainer, in a pass of its own, "
+        "or the sampler, which saves that pass; the first ratios are then 1 up to what the two round differently.",
+        choices=("trainer", "sampler"),
+    )
     kl_coef: float = flag(0.05, "Weight of the KL penalty; the starting weight when --kl_target is set.", least=0)
     kl_estimator: str = flag("k1", "Per-token KL estimator of the penalty.", choices=("k1", "k2", "k3"))
     kl_in: str = flag("reward", "Where the KL penalty goes.", choices=("reward", "loss"))
@@ -136,9 +142,11 @@ class PPOState(flax.struct.PyTreeNode):
 def make_forward(
     policy_cfg: ModelConfig, ref_cfg: ModelConfig, value_cfg: ModelConfig, ppo: PPOConfig, mesh: Mesh
 ) -> Callable:
-    """`forward(policy_params, ref_params, value_params, tokens, mask, plan, bottom=None) -> Passes`, jitted.
+    """`forward(policy_params, ref_params, value_params, tokens, mask, plan, bottom=None, sampler=None)`, jitted, which
+    returns `Passes`.
 
-    One pass of each model over the packed rows of `plan`, and of the `bottom` that they share, if any. Policy and
+    One pass of each model over the packed rows of `plan`, and of the `bottom` that they share, if any; but none of the
+    policy where `sampler` is given, the log-probs and entropies [B, T] of the samples as they were drawn. Policy and
     reference may differ in size where they share none. Raises UserError naming --mesh_dim when the hidden states to be
     kept do not divide over the devices.
     """
@@ -150,13 +158,18 @@ def make_forward(
     kept = sharding_for(KEPT, (1, 1, D), mesh, "hidden states that updates start from") if shared else whole
 
     @functools.partial(jax.jit, out_shardings=Passes(whole, whole, whole, whole, kept))  # type: ignore[arg-type]
-    def forward(policy_params, ref_params, value_params, tokens, mask, plan: Plans, bottom=None) -> Passes:
+    def forward(
+        policy_params, ref_params, value_params, tokens, mask, plan: Plans, bottom=None, sampler=None
+    ) -> Passes:
         def body(group: PackPlan, passes: Passes) -> Passes:
             rows = packed_rows(group, tokens, shard)
             wanted = gather(mask, group.source_GRS, False)
             below = run_layers(bottom, policy_cfg, *rows, shard=shard)[0] if shared else None
-            policy, reference = with_embeddings(bottom, policy_params), with_embeddings(bottom, ref_params)
-            old_logprobs, entropies = logprobs_of(policy, policy_cfg, *rows, wanted=wanted, below=below)
+            old_logprobs = entropies = jnp.zeros(wanted.shape, jnp.float32)
+            if sampler is None:
+                policy = with_embeddings(bottom, policy_params)
+                old_logprobs, entropies = logprobs_of(policy, policy_cfg, *rows, wanted=wanted, below=below)
+            reference = with_embeddings(bottom, ref_params)
             ref_logprobs, _ = logprobs_of(reference, ref_cfg, *rows, wanted=wanted, below=below)
             top, _ = trunk(value_params, value_cfg, *rows, below=below, shard=shard)
             values = scalar(value_params, value_cfg, top)
@@ -167,6 +180,8 @@ def make_forward(
         zeros = jnp.zeros(tokens.shape, jnp.float32)
         hidden = shard(jnp.zeros((*tokens.shape, D), policy_cfg.dtype), *KEPT) if shared else None
         passes = over_groups(plan, Passes(zeros, zeros, zeros, zeros, hidden), body)
+        if sampler is not None:
+            passes = passes.replace(old_logprobs=sampler[0], entropies=sampler[1])
         return jax.tree.map(lambda x: jnp.where(mask, x, 0.0) if x.ndim == 2 else x, passes)
 
     return forward

@@ -19,14 +19,15 @@ from easyrl.steps.ppo import Passes, PPOState, Rollout
 class SampledBatch:
     """A batch of samples on the host: each row a prompt directly followed by its response, padded on the right to T.
 
-    tokens int32 [B, T]; mask bool [B, T], True at t where tokens[:, t + 1] is a response token; sampler_logprobs
-    float32 [B, T] in the same convention; prompt_lengths, response_lengths int [B] (the response's end token counts);
-    ended bool [B]: whether the response stopped by itself.
+    tokens int32 [B, T]; mask bool [B, T], True at t where tokens[:, t + 1] is a response token; sampler_logprobs and
+    sampler_entropies float32 [B, T] in the same convention; prompt_lengths, response_lengths int [B] (a response's end
+    token counts); ended bool [B]: whether the response stopped by itself.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     sampler_logprobs: np.ndarray
+    sampler_entropies: np.ndarray
     prompt_lengths: np.ndarray
     response_lengths: np.ndarray
     ended: np.ndarray
@@ -55,13 +56,15 @@ def join_samples(prompts: np.ndarray, prompt_lengths: np.ndarray, samples, *, pa
     prompts, prompt_lengths = np.repeat(prompts, each, axis=0), np.repeat(prompt_lengths, each)
     tokens = np.full((B, prompts.shape[1] + C), pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
-    logprobs = np.zeros(tokens.shape, np.float32)
+    logprobs, entropies = np.zeros((2, *tokens.shape), np.float32)
     for row, (start, length) in enumerate(zip(prompt_lengths, samples.lengths_B, strict=True)):
         tokens[row, :start] = prompts[row, :start]
         tokens[row, start : start + length] = samples.tokens_BC[row, :length]
-        mask[row, start - 1 : start + length - 1] = True
-        logprobs[row, start - 1 : start + length - 1] = samples.logprobs_BC[row, :length]
-    return SampledBatch(tokens, mask, logprobs, prompt_lengths, samples.lengths_B, samples.ended_B)
+        before = slice(start - 1, start + length - 1)
+        mask[row, before] = True
+        logprobs[row, before] = samples.logprobs_BC[row, :length]
+        entropies[row, before] = samples.entropies_BC[row, :length]
+    return SampledBatch(tokens, mask, logprobs, entropies, prompt_lengths, samples.lengths_B, samples.ended_B)
 
 
 def minibatches(num_samples: int, size: int, epochs: int, key: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -64,11 +64,12 @@ def uncached_logits(responses):
         ("sampling", {"temperature": 0.0}),
     ],
 )
-def test_logprobs_are_those_of_an_uncached_forward_pass(space, settings):
+def test_logprobs_and_entropies_are_those_of_an_uncached_forward_pass(space, settings):
     out = sample(logprob_space=space, **settings)
     temperature = settings["temperature"] if space == "sampling" else 1.0
-    expected, _ = token_logprobs(uncached_logits(out.tokens_BC), out.tokens_BC, temperature)
+    expected, entropies = token_logprobs(uncached_logits(out.tokens_BC), out.tokens_BC, temperature)
     np.testing.assert_allclose(out.logprobs_BC, expected, atol=1e-5)
+    np.testing.assert_allclose(out.entropies_BC, entropies, atol=1e-5)
 
 
 def test_greedy_takes_the_most_likely_token_every_time():
@@ -184,6 +185,7 @@ def test_a_response_ends_with_the_one_end_token_that_was_drawn():
         np.testing.assert_array_equal(tokens[:length], free.tokens_BC[row, :length])
         np.testing.assert_array_equal(tokens[length:], PAD)
         np.testing.assert_array_equal(out.logprobs_BC[row, length:], 0)
+        np.testing.assert_array_equal(out.entropies_BC[row, length:], 0)
         assert (out.logprobs_BC[row, :length] < 0).all()
 
 

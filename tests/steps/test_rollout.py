@@ -83,6 +83,20 @@ def test_a_batch_without_a_fault_passes(parts):
     parts.check()
 
 
+def test_the_samplers_log_probs_stand_for_a_pass_of_the_policy(cfg, value_cfg, one_device, parts):
+    """The policy's weights are not even looked at: here they are another model's."""
+    models = [
+        make_params(c, head, one_device, seed)
+        for c, head, seed in ((cfg, "lm", 7), (cfg, "lm", 0), (value_cfg, "value", 1))
+    ]
+    batch, plans = parts.batch, place_plans(pack(parts.batch.lengths, P + C, [Shape(2, P + C)]), B, one_device)
+    known = everywhere((batch.sampler_logprobs, batch.sampler_entropies), one_device)
+    forward = make_forward(cfg, cfg, value_cfg, PPO, one_device)
+    passes = forward(*models, *everywhere((batch.tokens, batch.mask), one_device), plans, sampler=known)
+    for field in dataclasses.fields(Passes)[:-1]:
+        np.testing.assert_allclose(getattr(passes, field.name), getattr(parts.passes, field.name), atol=1e-5)
+
+
 def test_a_response_that_is_not_to_be_learnt_from_is_paid_nothing(parts):
     drop = lambda mask: mask & (np.arange(B) != 2)[:, None]
     unpaid = change(parts.rollout, mask=drop, rewards=lambda x: np.where(np.arange(B)[:, None] == 2, 0, x))
