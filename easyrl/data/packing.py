@@ -8,7 +8,7 @@ are run in groups, each of one of a few shapes that are known beforehand.
 import itertools
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,10 +51,7 @@ class Packing(NamedTuple):
     def padding_share(self) -> float:
         """The share of the places that no token takes, in the groups that are needed."""
         tokens = sum(int(np.count_nonzero(plan.segment_ids)) for plan in self.plans)
-        places = sum(
-            -(-len(plan.source) // shape.rows) * shape.rows * shape.length
-            for plan, shape in zip(self.plans, self.shapes, strict=True)
-        )
+        places = _places((len(plan.source) for plan in self.plans), self.shapes)
         return 1.0 - tokens / max(places, 1)
 
 
@@ -129,58 +126,81 @@ def rows_of_shapes(
 ) -> list[list[Row]]:
     """The rows of every shape that hold sequences of these `lengths`; consecutive ones are a group.
 
-    Bins of `together` rows are filled to each of the shapes' lengths in turn (a unit with a longer sequence has a bin
-    of its own), every bin shrinks to the least length that holds its rows, and the length is taken that leaves the
-    least to compute. Then what groups could do with less is looked for. With `packed=False` every sequence has a row of
-    its own.
+    Bins are filled to each of the shapes' lengths in turn, and the length is taken that leaves the least to compute.
+    Then fewer or shorter groups are looked for into which everything fits, too. With `packed=False` every sequence has
+    a row of its own.
+    """
+    targets = sorted({shape.length for shape in shapes})
+    _check_room(lengths, targets[-1])
+    ways = [_fill(lengths, target, shapes, together, packed) for target in targets]
+    found = min(ways, key=lambda rows: _cost(map(len, rows), shapes))
+    return _fit_tighter(lengths, found, shapes, together) if packed else found
+
+
+def _places(rows: Iterable[int], shapes: Sequence[Shape]) -> int:
+    """The tokens for which the groups have room that so many rows of each shape need."""
+    return sum(-(-number // shape.rows) * shape.rows * shape.length for number, shape in zip(rows, shapes, strict=True))
+
+
+def _cost(rows: Iterable[int], shapes: Sequence[Shape]) -> int:
+    """What the groups cost, in tokens, that so many rows of each shape need."""
+    least = min(shape.rows for shape in shapes)
+    return sum(
+        -(-number // shape.rows) * (shape.rows * shape.length + GROUP_COST * least)
+        for number, shape in zip(rows, shapes, strict=True)
+    )
+
+
+def _fill(lengths: np.ndarray, target: int, shapes: Sequence[Shape], together: int, packed: bool) -> list[list[Row]]:
+    """Bins of `together` rows, filled to the length `target`, as rows of every shape.
+
+    A unit with a longer sequence has a bin of its own, and every bin shrinks to the least length that holds its rows.
     """
     units = lengths.reshape(-1, together)
-    choices = sorted({shape.length for shape in shapes})
-    _check_room(lengths, choices[-1])
-
-    def fill(target: int) -> list[list[Row]]:
-        shared = packed & (units.max(axis=1, initial=0) <= target)
-        bins = best_fit(np.where(shared[:, None], units, 0).reshape(-1), target, together)
-        assert bins is not None  # as many are opened as are needed
-        alone = np.flatnonzero(~shared & units.any(axis=1))
-        bins += [[[k] for k in range(unit * together, (unit + 1) * together)] for unit in alone.tolist()]
-        by_length: dict[int, list[Row]] = {length: [] for length in choices}
-        for rows in bins:
-            longest = max(int(lengths[row].sum()) for row in rows)
-            by_length[min(length for length in choices if length >= longest)] += rows
-        found = []
-        for shape in shapes:
-            rows = by_length[shape.length]
-            rest = len(rows) % shape.rows
-            lesser = [other for other in shapes if other.length == shape.length and other.rows < shape.rows]
-            cheaper = lesser and -(-rest // lesser[0].rows) * cost[lesser[0]] < cost[shape]
-            keep = len(rows) - rest if cheaper else len(rows)
-            found.append(rows[:keep])
-            by_length[shape.length] = rows[keep:]
-        return found
-
-    least = min(shape.rows for shape in shapes)
-    cost = {shape: shape.rows * shape.length + GROUP_COST * least for shape in shapes}
-    needed = lambda found: [-(-len(rows) // shape.rows) for rows, shape in zip(found, shapes, strict=True)]
-    total = lambda counts: sum(count * cost[shape] for count, shape in zip(counts, shapes, strict=True))
-    found = min(map(fill, choices), key=lambda found: total(needed(found)))
-    places = sum(count * shape.rows * shape.length for count, shape in zip(needed(found), shapes, strict=True))
-    if packed and lengths.sum() < (1 - LITTLE_PADDING) * places:
-        likely = _likely_groups(int(lengths.sum()), places, shapes)
-        cheaper = sorted((total(counts), counts) for counts in likely if total(counts) < total(needed(found)))
-        for _, counts in cheaper[:MOST_TRIES]:
-            number = [count * shape.rows // together for count, shape in zip(counts, shapes, strict=True)]
-            given = [shape.length for shape, bins in zip(shapes, number, strict=True) for _ in range(bins)]
-            if bins := best_fit(lengths, 0, together, given):
-                ends = np.cumsum([0, *number])
-                parts = (bins[start:end] for start, end in itertools.pairwise(ends))
-                return [[row for rows in part if any(rows) for row in rows] for part in parts]
+    shared = packed & (units.max(axis=1, initial=0) <= target)
+    bins = best_fit(np.where(shared[:, None], units, 0).reshape(-1), target, together)
+    assert bins is not None  # as many are opened as are needed
+    alone = np.flatnonzero(~shared & units.any(axis=1))
+    bins += [[[k] for k in range(unit * together, (unit + 1) * together)] for unit in alone.tolist()]
+    by_length: dict[int, list[Row]] = {shape.length: [] for shape in shapes}
+    for rows in bins:
+        longest = max(int(lengths[row].sum()) for row in rows)
+        by_length[min(length for length in by_length if length >= longest)] += rows
+    found: list[list[Row]] = []
+    for number, shape in enumerate(shapes):
+        rows = by_length[shape.length]
+        rest = len(rows) % shape.rows
+        # What does not fill a group may go into lesser ones.
+        lesser = [i for i, other in enumerate(shapes) if other.length == shape.length and other.rows < shape.rows]
+        with_rest_in = lambda i, rest=rest: _cost([rest if k == i else 0 for k in range(len(shapes))], shapes)
+        kept = len(rows) - rest if lesser and with_rest_in(lesser[0]) < with_rest_in(number) else len(rows)
+        found.append(rows[:kept])
+        by_length[shape.length] = rows[kept:]
     return found
 
 
-def _likely_groups(tokens: int, places: int, shapes: Sequence[Shape]) -> Iterator[tuple[int, ...]]:
-    """How many groups of each shape could hold so many tokens, with few of the short ones and of the others up to as
-    many as have `places` places. Where they leave hardly any padding they are not worth a try.
+def _fit_tighter(
+    lengths: np.ndarray, found: list[list[Row]], shapes: Sequence[Shape], together: int
+) -> list[list[Row]]:
+    """The rows of cheaper groups, if some are found that hold everything; otherwise those that there are."""
+    tokens, cost = int(lengths.sum()), _cost(map(len, found), shapes)
+    places = _places(map(len, found), shapes)
+    if tokens >= (1 - LITTLE_PADDING) * places:
+        return found
+    likely = ((_cost(rows, shapes), rows) for rows in _likely_groups(tokens, places, shapes))
+    cheaper = sorted((price, rows) for price, rows in likely if price < cost)
+    for _, rows in cheaper[:MOST_TRIES]:
+        given = [shape.length for shape, number in zip(shapes, rows, strict=True) for _ in range(number // together)]
+        if bins := best_fit(lengths, 0, together, given):
+            ends = itertools.accumulate((number // together for number in rows), initial=0)
+            parts = (bins[start:end] for start, end in itertools.pairwise(ends))
+            return [[row for rows in part if any(rows) for row in rows] for part in parts]
+    return found
+
+
+def _likely_groups(tokens: int, places: int, shapes: Sequence[Shape]) -> Iterator[list[int]]:
+    """Rows of each shape, whole groups, that could hold so many tokens: few of the short ones, and of the others up to
+    as many as have `places` places. Where they leave hardly any padding they are not worth a try.
     """
     first, *others = shapes
     sizes = [shape.rows * shape.length for shape in others]
@@ -191,7 +211,8 @@ def _likely_groups(tokens: int, places: int, shapes: Sequence[Shape]) -> Iterato
     for counts in itertools.product(*(range(number + 1) for number in most)):
         left = tokens * (1 + TIGHT) - sum(count * size for count, size in zip(counts, sizes, strict=True))
         least = max(math.ceil(left / (first.rows * first.length)), 0)
-        yield from ((least + more, *counts) for more in (0, 1))
+        for number in (least, least + 1):
+            yield [count * shape.rows for count, shape in zip((number, *counts), shapes, strict=True)]
 
 
 def best_fit(

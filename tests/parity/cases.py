@@ -92,6 +92,7 @@ CASES = (
         "KTO, weighted", "KTO",
         {"beta": 0.15, "desirable_weight": 1.3, "undesirable_weight": 0.8},
         {"loss": "kto", "beta": 0.15, "desirable_weight": 1.3, "undesirable_weight": 0.8}, note=MISMATCHES,
+        learning_rate=SLOW,
     ),
     Case("ORPO", "ORPO", {"beta": 0.1}, {"loss": "orpo"}, SHORT_PROMPTS, ORPO_NLL),
     Case(

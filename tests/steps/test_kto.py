@@ -67,7 +67,6 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
         state = create_train_state(params, param_specs(cfg, "lm"), optimizer, mesh)
         batch = place(ragged, reference, mesh, rows, choices, extra=2 if choices else 0)
 
-        evaluated = with_margins(make_kto_eval(cfg, mesh, CONFIG)(state.params, batch))
         state, metrics = make_kto_step(cfg, optimizer, mesh, CONFIG)(state, batch)
 
         np.testing.assert_allclose(metrics["loss"].value, loss, rtol=1e-5)
@@ -79,6 +78,8 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
         margin = rewards[DESIRABLE].mean() - rewards[~DESIRABLE].mean()
         np.testing.assert_allclose(metrics["rewards/margins"].value, margin, rtol=1e-4)
         assert metrics["tokens"].value == ragged.lengths.sum()
-        assert evaluated.keys() == metrics.keys() - {"grad_norm", "skipped", "tokens"}
-        for name, mean in evaluated.items():
-            np.testing.assert_allclose(mean.value, metrics[name].value, atol=1e-5, err_msg=name)
+    # The last layout also serves for the evaluation; the step has taken its parameters.
+    evaluated = with_margins(make_kto_eval(cfg, mesh, CONFIG)(make_params(cfg, "lm", mesh), batch))
+    assert evaluated.keys() == metrics.keys() - {"grad_norm", "skipped", "tokens"}
+    for name, mean in evaluated.items():
+        np.testing.assert_allclose(mean.value, metrics[name].value, atol=1e-5, err_msg=name)
