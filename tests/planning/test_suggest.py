@@ -65,6 +65,7 @@ def test_the_fastest_of_what_was_compiled_is_suggested():
     ]
 
 
+@pytest.mark.slow
 def test_the_command(capsys):
     arguments = ("--load_checkpoint=" + MODEL, "--train_dataset.seq_length=32", "--train_dataset.batch_size=4")
     plan.main(plan.parse(["--script=train_sft", "--topology=cpu:2", "--suggest", *arguments]))
