@@ -27,6 +27,7 @@ from easyrl.core.masking import Mean, add_metrics
 from easyrl.core.sharding import fetch, make_mesh, num_data_shards, put, replicated
 from easyrl.data.loader import Batch, Loader
 from easyrl.data.mismatched import mismatched_loader
+from easyrl.data.packing import Shape
 from easyrl.data.prompts import PromptDataset
 from easyrl.data.templates import Template
 from easyrl.data.tokenizer import Tokenizer, check_vocabulary, pad_id, parse_ids
@@ -118,13 +119,14 @@ def main(config: Config) -> None:
     found = find_reference(config, start, tokenizer)
     unpaired = config.loss == KTO
     sources = None
+    shapes: tuple[Shape, ...] = ()
     loader: Any
     held_out: Any
     if config.online:
         loader, held_out = load_prompts(config, template)
         sources = find_sources(config, template, dtype=DTYPES[config.dtype], max_length=config.longest[1])
         sources.check(loader.batch(0).columns)
-        check_batch(config, mesh)
+        shapes = pair_shapes(config, mesh)
     else:
         loader, held_out = load_data(config, "labelled" if unpaired else "pair", template, mesh)
     if unpaired:
@@ -166,7 +168,7 @@ def main(config: Config) -> None:
     pairs = None
     if sources is not None:
         itself = not config.load_checkpoint_reference and not checkpoints.start
-        pairs = online_pairs(config, begin, loader, sources, reference, mesh, equal_start=itself)
+        pairs = online_pairs(config, begin, loader, sources, reference, mesh, shapes, equal_start=itself)
     else:
         place = placer(loader, "train_dataset")
         place_held_out = placer(held_out, "eval_dataset") if held_out else place
@@ -252,6 +254,7 @@ def online_pairs(
     sources: FoundSources,
     reference: ReferenceModel | None,
     mesh: Mesh,
+    shapes: tuple[Shape, ...],
     *,
     equal_start: bool,
 ) -> OnlinePairs:
@@ -262,28 +265,30 @@ def online_pairs(
         logprob_space="model", num_samples=EACH, mesh=mesh,
     )  # fmt: skip
     num_responses = EACH * config.train_dataset.batch_size
-    row_length, longest = config.train_dataset.row_length, prompts.prompt_length + config.max_continuation_len
-    if row_length and row_length < longest:
-        found = f"expected at least {longest}, a response with its prompt"
-        raise UserError(f"--train_dataset.row_length={row_length}: {found}")
     judges = sources.load(mesh, dtype=dtype, batch_size=num_responses, rows=config.micro_batch_size)
     return OnlinePairs(
         config, prompts, sample, judges, sources.weights,
         None if reference is None else reference.logprobs, start.tokenizer, mesh,
-        seed=config.seed,
-        shapes=find_shapes(config, mesh, row_length or longest, together=EACH, sequences=num_responses),
-        check_in=dtype if equal_start else "",
+        seed=config.seed, shapes=shapes, check_in=dtype if equal_start else "",
     )  # fmt: skip
 
 
-def check_batch(config: Config, mesh: Mesh) -> None:
-    """Requires that the devices can share the prompts of a step evenly."""
-    shards = num_data_shards(mesh)
-    if config.train_dataset.batch_size % shards:
+def pair_shapes(config: Config, mesh: Mesh) -> tuple[Shape, ...]:
+    """The groups of packed rows that --online learns from.
+
+    Raises UserError for prompts, rows or a length of rows that the devices cannot share or that cannot hold a response.
+    """
+    data, shards = config.train_dataset, num_data_shards(mesh)
+    if data.batch_size % shards:
         raise UserError(
-            f"--train_dataset.batch_size={config.train_dataset.batch_size}: does not divide by dp x fsdp = {shards} of "
+            f"--train_dataset.batch_size={data.batch_size}: does not divide by dp x fsdp = {shards} of "
             f"--mesh_dim={config.mesh_dim}"
         )
+    _, longest = config.longest
+    if data.row_length and data.row_length < longest:
+        found = f"expected at least {longest}, a response with its prompt"
+        raise UserError(f"--train_dataset.row_length={data.row_length}: {found}")
+    return find_shapes(config, mesh, data.row_length or longest, together=EACH, sequences=EACH * data.batch_size)
 
 
 def balance(config: Config, labels: np.ndarray) -> str:

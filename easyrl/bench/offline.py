@@ -14,10 +14,10 @@ from easyrl.bench.shapes import head_flops, trunk_flops
 from easyrl.bench.workloads import w1_prompts, w2_pairs, w3_pairs
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
-from easyrl.core.sharding import num_data_shards
-from easyrl.data.packing import ROW_MULTIPLE, Packing, group_shapes, pack
+from easyrl.data.packing import Packing, pack, rounded_up
 from easyrl.models.llama import LlamaConfig
 from easyrl.runtime.metrics import PhaseTimer
+from easyrl.runtime.run_config import find_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,8 @@ class HostBatches:
         self._width = max(len(tokens) for sample in self._sequences for tokens, _ in sample)
         if config.row_length and config.row_length < self._width:
             raise UserError(f"--row_length={config.row_length}: expected at least {self._width}, the longest sequence")
-        self._shapes = group_shapes(
-            config.row_length or -(-self._width // ROW_MULTIPLE) * ROW_MULTIPLE, num_data_shards(mesh),
-            rows=config.micro_batch_size, together=per_sample, sequences=per_sample * config.batch_size,
-        )  # fmt: skip
+        longest, sequences = config.row_length or rounded_up(self._width), per_sample * config.batch_size
+        self._shapes = find_shapes(config, mesh, longest, together=per_sample, sequences=sequences)
         self.number = len(self._sequences) // config.batch_size
 
     def __getitem__(self, number: int) -> HostBatch:
@@ -109,7 +107,6 @@ def time_steps(
         state, metrics = update(state, place(batch))
         jax.block_until_ready((state, metrics))
         flops = trunk_flops(cfg, batch.lengths) + (head_flops(cfg, batch.mask.sum()) if lm_head else 0.0)
-        tokens = float(batch.lengths.sum())
-        return Work(config.batch_size, tokens, 3 * flops, places=tokens / (1 - batch.packing.padding_share()))
+        return Work(config.batch_size, float(batch.lengths.sum()), 3 * flops, places=batch.packing.places)
 
     return run_laps(step, config.warmup, config.repeats, config.profile)

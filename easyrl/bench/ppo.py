@@ -19,11 +19,12 @@ from easyrl.bench.report import benchmark
 from easyrl.bench.shapes import head_flops, trunk_flops
 from easyrl.bench.workloads import END, w1_prompts, w4_prompts
 from easyrl.core.config import flag
-from easyrl.core.sharding import make_mesh, num_data_shards, put, replicated
-from easyrl.data.packing import group_shapes, pack
+from easyrl.core.sharding import make_mesh, put, replicated
+from easyrl.data.packing import pack
 from easyrl.models.families import param_specs
 from easyrl.models.llama import LlamaConfig
 from easyrl.runtime.metrics import PhaseTimer
+from easyrl.runtime.run_config import find_shapes
 from easyrl.sampling.decode import SamplingConfig, make_sampler
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from easyrl.steps.packed import place_plans
@@ -70,8 +71,7 @@ def main(config: Config) -> None:
     new_tokens = {"w1": 128, "w4": 256}.get(config.workload, config.new_tokens)
     num_samples, width = len(batches[0]), longest + new_tokens
     shapes, update_shapes = (
-        group_shapes(width, num_data_shards(mesh), rows=config.micro_batch_size, sequences=sequences)
-        for sequences in (num_samples, config.mini_batch_size)
+        find_shapes(config, mesh, width, sequences=sequences) for sequences in (num_samples, config.mini_batch_size)
     )
     ids = np.arange(num_samples, dtype=np.int32)
 

@@ -9,7 +9,7 @@ import numpy as np
 from easyrl.core.errors import UserError
 from easyrl.data.dataset import Dataset, PackedDatasetConfig
 from easyrl.data.order import Order, RowOrder, SampleOrder, Stream
-from easyrl.data.packing import ROW_MULTIPLE, Packing, Shape, group_shapes, pack
+from easyrl.data.packing import Packing, Shape, group_shapes, pack, rounded_up
 from easyrl.data.report import table
 
 PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -80,7 +80,7 @@ class Loader:
         if self.order.steps(0) == 0:
             found = f"found {len(dataset)} samples, fewer than --{name}.batch_size={config.batch_size}"
             raise UserError(f"--{name}.path={config.path}: {found}")
-        longest = config.row_length or -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+        longest = config.row_length or rounded_up(longest)
         self.shapes = self._shapes(longest)
         if not config.row_length and (padding := self._padding(self.shapes, TRIAL_STEPS)) > MUCH_PADDING:
             longer = self._shapes(2 * longest)
@@ -132,12 +132,11 @@ class Loader:
 
     def _padding(self, shapes: tuple[Shape, ...], steps: int) -> float:
         """`padding_share` of that many steps in groups of these shapes."""
-        tokens = places = 0.0
+        tokens = places = 0
         for step in range(min(self.order.steps(0), steps)):
             lengths = self._lengths[self.order.samples(step)].reshape(-1)
-            share = self._pack(lengths, shapes).padding_share()
-            tokens += lengths.sum()
-            places += lengths.sum() / (1 - share)
+            tokens += int(lengths.sum())
+            places += self._pack(lengths, shapes).places
         return 1.0 - tokens / places
 
     def _pack(self, lengths: np.ndarray, shapes: tuple[Shape, ...]) -> Packing:

@@ -137,7 +137,7 @@ class RowOrder:
         while (start := bounds[-1]) < length:
             full = self._rows * self._row_length + (ends[start - 1] if start else 0)
             stop = min(int(np.searchsorted(ends, full, side="right")), start + self.most_samples)
-            while len(best_fit(totals[start:stop], self._row_length) or ()) > self._rows:
+            while len(best_fit(totals[start:stop], self._row_length)) > self._rows:
                 stop -= 1
             if stop == length and not self._keep_last and len(bounds) > 1:
                 break

@@ -48,11 +48,20 @@ class Packing(NamedTuple):
     shapes: tuple[Shape, ...]
     plans: tuple[Plan, ...]
 
+    @property
+    def places(self) -> int:
+        """The tokens for which the groups that are needed have room."""
+        return _places((len(plan.source) for plan in self.plans), self.shapes)
+
     def padding_share(self) -> float:
-        """The share of the places that no token takes, in the groups that are needed."""
+        """The share of these places that no token takes."""
         tokens = sum(int(np.count_nonzero(plan.segment_ids)) for plan in self.plans)
-        places = _places((len(plan.source) for plan in self.plans), self.shapes)
-        return 1.0 - tokens / max(places, 1)
+        return 1.0 - tokens / max(self.places, 1)
+
+
+def rounded_up(length: int) -> int:
+    """The least length of a row that holds so many tokens and is a multiple of ROW_MULTIPLE."""
+    return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def row_lengths(longest: int) -> tuple[int, ...]:
@@ -61,7 +70,7 @@ def row_lengths(longest: int) -> tuple[int, ...]:
     A row of half the length takes what a batch leaves over at its end. One a little shorter than the longest takes what
     nothing fits beside, where sequences are long against the rows.
     """
-    less = {-(-int(longest * share) // ROW_MULTIPLE) * ROW_MULTIPLE for share in SHARES}
+    less = {rounded_up(int(longest * share)) for share in SHARES}
     return (longest, *sorted((length for length in less if length < longest), reverse=True))
 
 
@@ -159,7 +168,6 @@ def _fill(lengths: np.ndarray, target: int, shapes: Sequence[Shape], together: i
     units = lengths.reshape(-1, together)
     shared = packed & (units.max(axis=1, initial=0) <= target)
     bins = best_fit(np.where(shared[:, None], units, 0).reshape(-1), target, together)
-    assert bins is not None  # as many are opened as are needed
     alone = np.flatnonzero(~shared & units.any(axis=1))
     bins += [[[k] for k in range(unit * together, (unit + 1) * together)] for unit in alone.tolist()]
     by_length: dict[int, list[Row]] = {shape.length: [] for shape in shapes}
@@ -191,7 +199,7 @@ def _fit_tighter(
     cheaper = sorted((price, rows) for price, rows in likely if price < cost)
     for _, rows in cheaper[:MOST_TRIES]:
         given = [shape.length for shape, number in zip(shapes, rows, strict=True) for _ in range(number // together)]
-        if bins := best_fit(lengths, 0, together, given):
+        if bins := fit_into(lengths, given, together):
             ends = itertools.accumulate((number // together for number in rows), initial=0)
             parts = (bins[start:end] for start, end in itertools.pairwise(ends))
             return [[row for rows in part if any(rows) for row in rows] for part in parts]
@@ -215,48 +223,71 @@ def _likely_groups(tokens: int, places: int, shapes: Sequence[Shape]) -> Iterato
             yield [count * shape.rows for count, shape in zip((number, *counts), shapes, strict=True)]
 
 
-def best_fit(
-    lengths: np.ndarray, row_length: int, together: int = 1, given: Sequence[int] = ()
-) -> list[list[Row]] | None:
+def best_fit(lengths: np.ndarray, row_length: int, together: int = 1) -> list[list[Row]]:
     """Bins of `together` rows, filled by best fit decreasing: the longest unit first, into the fullest bin with room.
 
     A unit is `together` consecutive sequences, which go into one bin, each into the fullest row that has room for it.
-    Empty sequences are nowhere. Depends on the lengths alone.
-
-    Args:
-      row_length: of the bins that are opened when no other has room; 0: none are, and the outcome is None.
-      given: row lengths of bins that are there from the start.
-
-    Raises ValueError for a sequence longer than `row_length`.
+    Empty sequences are nowhere. Depends on the lengths alone. Raises ValueError for a sequence longer than a row.
     """
-    if row_length:
-        _check_room(lengths, row_length)
-    sizes = lengths.tolist()
-    totals = lengths.reshape(-1, together).sum(axis=1)
-    bins: list[list[Row]] = [[[] for _ in range(together)] for _ in given]
-    free = [[length] * together for length in given]  # places of every bin's rows that are free
-    room = sorted((length * together, number) for number, length in enumerate(given))  # (free places, bin)
-    for unit in np.argsort(-totals, kind="stable").tolist():
-        total = int(totals[unit])
-        if total == 0:
-            break
-        sequences = [k for k in range(unit * together, (unit + 1) * together) if sizes[k]]
-        for place in range(bisect_left(room, (total, -1)), len(room)):
-            number = room[place][1]
-            if (rows := _fit(sequences, sizes, free[number])) is not None:
-                del room[place]
-                break
-        else:
-            if not row_length:
-                return None
-            number, rows = len(bins), list(range(len(sequences)))
-            bins.append([[] for _ in range(together)])
-            free.append([row_length] * together)
-        for sequence, row in zip(sequences, rows, strict=True):
-            bins[number][row].append(sequence)
-            free[number][row] -= sizes[sequence]
-        insort(room, (sum(free[number]), number))
-    return bins
+    _check_room(lengths, row_length)
+    bins = _Bins(lengths, together)
+    for unit in bins.units:
+        if not bins.add(unit):
+            bins.open(row_length, unit)
+    return bins.rows
+
+
+def fit_into(lengths: np.ndarray, row_lengths: Sequence[int], together: int = 1) -> list[list[Row]] | None:
+    """As `best_fit`, into bins that are given by the lengths of their rows; None if one unit finds no room."""
+    bins = _Bins(lengths, together)
+    for row_length in row_lengths:
+        bins.open(row_length)
+    return bins.rows if all(map(bins.add, bins.units)) else None
+
+
+class _Bins:
+    """Bins of rows, and the places in them that are free.
+
+    `units` are the numbers of those units that have any tokens, the longest first.
+    """
+
+    def __init__(self, lengths: np.ndarray, together: int):
+        totals = lengths.reshape(-1, together).sum(axis=1)
+        self.units = [unit for unit in np.argsort(-totals, kind="stable").tolist() if totals[unit]]
+        self.rows: list[list[Row]] = []
+        self._sizes, self._totals, self._together = lengths.tolist(), totals.tolist(), together
+        self._free: list[list[int]] = []  # places of every bin's rows
+        self._room: list[tuple[int, int]] = []  # (free places, bin), ascending
+
+    def open(self, row_length: int, unit: int | None = None) -> None:
+        """One more bin, empty, or with a unit that has each of its sequences in a row of its own."""
+        number = len(self.rows)
+        self.rows.append([[] for _ in range(self._together)])
+        self._free.append([row_length] * self._together)
+        self._put([] if unit is None else self._sequences(unit), range(self._together), number)
+
+    def add(self, unit: int) -> bool:
+        """Puts the unit into the fullest bin with room; False if there is none."""
+        sequences = self._sequences(unit)
+        for place in range(bisect_left(self._room, (self._totals[unit], -1)), len(self._room)):
+            number = self._room[place][1]
+            rows = _fit(sequences, self._sizes, self._free[number])
+            if rows is not None:
+                del self._room[place]
+                self._put(sequences, rows, number)
+                return True
+        return False
+
+    def _sequences(self, unit: int) -> list[int]:
+        first = unit * self._together
+        return [k for k in range(first, first + self._together) if self._sizes[k]]
+
+    def _put(self, sequences: list[int], rows: Iterable[int], number: int) -> None:
+        """Into these rows of a bin whose room is not noted."""
+        for sequence, row in zip(sequences, rows, strict=False):
+            self.rows[number][row].append(sequence)
+            self._free[number][row] -= self._sizes[sequence]
+        insort(self._room, (sum(self._free[number]), number))
 
 
 def _check_room(lengths: np.ndarray, row_length: int) -> None:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.params import abstract
-from easyrl.data.packing import ROW_MULTIPLE
+from easyrl.data.packing import rounded_up
 from easyrl.hf.refs import find_config
 from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
@@ -36,7 +36,7 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
     per_sample = 1 if unpaired else 2
     data = config.train_dataset
     T = config.longest[1]
-    length = data.row_length or (T if online else -(-T // ROW_MULTIPLE) * ROW_MULTIPLE)
+    length = data.row_length or (T if online else rounded_up(T))
     samples = data.batch_size
     if data.batch_rows:  # as many samples as fill the rows
         samples = max(int(data.batch_rows * (data.row_length or T) / (fill * T)), 1)

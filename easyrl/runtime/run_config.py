@@ -1,7 +1,7 @@
 """The flags that every trainer has."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 from jax.sharding import Mesh
 
@@ -31,7 +31,7 @@ class RunConfig:
     )  # fmt: skip
     attention: str = flag(
         "auto", "How attention is computed. auto: cuDNN on GPUs, splash (a kernel) on TPUs from v4 on, elsewhere "
-        "blocks of queries, of which one holds its scores at a time; xla holds those of all pairs.",
+        "blocks of queries without later keys, of which in long rows one holds its scores at a time; xla: all pairs.",
         choices=("auto", "xla", "blocks", "splash", "cudnn"), may_change=True,
     )  # fmt: skip
     output_dir: str = flag(
@@ -92,8 +92,17 @@ def compute_settings(config: RunConfig) -> dict[str, Any]:
     return {"dtype": DTYPES[config.dtype], "remat": config.remat, "attention": config.attention}
 
 
+class Grouped(Protocol):
+    """Flags that say how packed rows make groups."""
+
+    @property
+    def mesh_dim(self) -> str: ...
+    @property
+    def micro_batch_size(self) -> int: ...
+
+
 def find_shapes(
-    config: RunConfig, mesh: Mesh, longest: int, *, together: int = 1, sequences: int | None = None
+    config: Grouped, mesh: Mesh, longest: int, *, together: int = 1, sequences: int | None = None
 ) -> tuple[Shape, ...]:
     """`data.packing.group_shapes` as --micro_batch_size and the mesh have it. Raises UserError when they do not fit."""
     shards, rows = num_data_shards(mesh), config.micro_batch_size

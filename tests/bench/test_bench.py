@@ -14,6 +14,7 @@ from easyrl.bench.__main__ import KINDS
 from easyrl.bench.measure import Lap, Work
 from easyrl.bench.report import figures
 from easyrl.core.config import load_config
+from easyrl.core.errors import UserError
 
 SMALL = ["--model=debug", "--warmup=1", "--repeats=1", "--mesh_dim=1,1,1"]
 SIZES = {
@@ -44,6 +45,16 @@ def test_a_benchmark_writes_its_figures(kind, tmp_path, monkeypatch):
     assert found["seconds"]["total"]["median"] > 0
     assert found["tokens_per_second"] > 0 and found["peak_bytes"] > 0 and found["mfu"] > 0
     assert found["flags"]["model"] == "debug" and found["where"]["jax"]
+
+
+@pytest.mark.parametrize("kind", ["ppo", "dpo"])
+def test_rows_that_devices_cannot_share_are_one_line(kind):
+    module = importlib.import_module(f"easyrl.bench.{kind}")
+    wrong = ["--mesh_dim=2,-1,1", "--micro_batch_size=3"]
+    with pytest.raises(
+        UserError, match=r"^--micro_batch_size=3: does not divide by dp x fsdp = 8 of --mesh_dim=2,-1,1"
+    ):
+        module.main(load_config(module.Config, [*SMALL, *SIZES[kind], *wrong]))
 
 
 def test_loading_writes_its_figures(tmp_path):

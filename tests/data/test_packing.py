@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from easyrl.data.packing import Shape, best_fit, group_shapes, pack, row_lengths, rows_of_shapes
+from easyrl.data.packing import Shape, best_fit, fit_into, group_shapes, pack, row_lengths, rows_of_shapes
 
 
 def random_lengths(seed, together=1):
@@ -132,9 +132,8 @@ def test_the_bulk_goes_into_large_groups_and_the_rest_into_small_ones():
 
 
 def test_bins_that_are_given_hold_everything_or_there_is_no_packing():
-    assert best_fit(np.array([5, 3, 4]), 0, given=[7, 5]) == [[[2, 1]], [[0]]]
-    assert best_fit(np.array([5, 4, 4]), 0, given=[7, 5]) is None
-    assert best_fit(np.array([5, 4, 4]), 6, given=[7, 5]) == [[[1]], [[0]], [[2]]]
+    assert fit_into(np.array([5, 3, 4]), [7, 5]) == [[[2, 1]], [[0]]]
+    assert fit_into(np.array([5, 4, 4]), [7, 5]) is None
 
 
 def test_rows_of_several_lengths_fit_closer_than_the_best_of_them():
