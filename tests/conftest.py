@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.xla import QUICK
+
 REPO = Path(__file__).resolve().parents[1]
 DEVICES = 8
 
@@ -14,8 +16,7 @@ DEVICES = 8
 # from outside stands: `JAX_PLATFORMS=cuda pytest -m hardware` runs the hardware tests.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # Tests compile far more than they compute: LLVM's optimisations would cost twice what they save.
-    flags = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={DEVICES} {QUICK}"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 # Many tests build the same small program anew: it is compiled once a run, and not again in the next one.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache" / "jax"))

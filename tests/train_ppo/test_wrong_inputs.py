@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from easyrl.core.errors import UserError
 from tests.train_ppo.conftest import Materials, arguments, to_argv, write_model
+from tests.xla import QUICK
 
 WEIGHTS = "model.safetensors"
 FOLDER, MATERIALS = "FOLDER", "MATERIALS"  # stand in messages for places that no table can know
@@ -403,7 +404,7 @@ def test_a_process_prints_the_line_and_exits_with_2(name, materials, tmp_path):
     path = os.pathsep.join((str(materials.folder), os.environ["PYTHONPATH"]))
     ended = subprocess.run(
         [sys.executable, "-m", "easyrl.train_ppo", *to_argv(flags)],
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": path, "EASYRL_CACHE": str(materials.folder / "cache")},
+        env=os.environ | {"XLA_FLAGS": QUICK, "PYTHONPATH": path, "EASYRL_CACHE": str(materials.folder / "cache")},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert ended.returncode == 2, ended.stderr
