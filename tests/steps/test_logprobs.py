@@ -29,11 +29,11 @@ def test_logprobs_score_the_following_token_at_the_given_temperature(cfg, one_de
     params = make_params(cfg, "lm", one_device)
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, cfg.vocab_size)
     positions, segments = jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32)
-    hidden, _ = trunk(params, cfg, tokens, positions, segments)
-    logits = np.asarray(lm_logits(params, cfg, hidden), np.float64) / 0.7
-    p = np.exp(log_softmax(logits))
+    rows = (tokens, positions, segments)
+    logits = jax.jit(lambda params: lm_logits(params, cfg, trunk(params, cfg, *rows)[0]))(params)
+    p = np.exp(log_softmax(np.asarray(logits, np.float64) / 0.7))
 
-    logprobs, entropies = next_token_logprobs(params, cfg, tokens, positions, segments, temperature=0.7)
+    logprobs, entropies = jax.jit(lambda params: next_token_logprobs(params, cfg, *rows, temperature=0.7))(params)
 
     for b in range(2):
         for t in range(8):
@@ -51,10 +51,10 @@ def test_chunking_changes_neither_values_nor_gradients(cfg, one_device, monkeypa
         logprobs, entropies = next_token_logprobs(params, cfg, tokens, positions, segments)
         return jnp.sum(jnp.sin(logprobs) + 0.1 * entropies)
 
-    whole, whole_grads = jax.value_and_grad(loss)(params)
+    whole, whole_grads = jax.jit(jax.value_and_grad(loss))(params)
     monkeypatch.setattr(logprobs_module, "CHUNK", 4)
     monkeypatch.setattr(logprobs_module, "CHUNK_TOKENS", 8)
-    chunked, chunked_grads = jax.value_and_grad(loss)(params)
+    chunked, chunked_grads = jax.jit(jax.value_and_grad(loss))(params)
 
     np.testing.assert_allclose(chunked, whole, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), chunked_grads, whole_grads)
@@ -73,7 +73,7 @@ def test_only_what_is_wanted_is_computed_and_it_is_the_same(cfg, one_device, mon
         logprobs, entropies = (jnp.where(mask, x, 0.0) for x in found)
         return jnp.sum(jnp.sin(logprobs) + 0.1 * entropies), found
 
-    (_, whole), whole_grads = jax.value_and_grad(loss, has_aux=True)(params, None)
+    (_, whole), whole_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, None)
     monkeypatch.setattr(logprobs_module, "CHUNK", chunk)
     monkeypatch.setattr(logprobs_module, "CHUNK_TOKENS", chunk)
     (_, some), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, wanted)

@@ -16,12 +16,17 @@ from tests.train_ppo.conftest import STOP_IDS, make_tokenizer, read_tensors
 def scores_of(folder, tokenizer, samples, end=None):
     """The reward model's scores of prompt + response, one at a time; `end` is appended to responses that ended."""
     model = load_model(f"hf::{folder}", make_mesh("1,1,1", jax.devices()[:1]), head="reward")
+    at = np.arange(32)  # as long as any of them, so that one program serves all
+
+    @jax.jit
+    def score(params, ids, length):
+        hidden, _ = trunk(params, model.cfg, ids[None], at[None], (at < length)[None].astype(np.int32))
+        return scalar(params, model.cfg, hidden)[0, length - 1]
+
     scores = []
     for sample in samples:
         ids = tokenizer(sample["prompt"] + sample["response"]).input_ids + [end] * (end is not None and sample["ended"])
-        ids = np.array([ids], np.int32)
-        hidden, _ = trunk(model.params, model.cfg, ids, np.arange(ids.shape[1])[None], np.ones_like(ids))
-        scores.append(float(scalar(model.params, model.cfg, hidden)[0, -1]))
+        scores.append(float(score(model.params, np.pad(ids, (0, len(at) - len(ids))), len(ids))))
     return scores
 
 
