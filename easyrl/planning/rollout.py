@@ -19,7 +19,8 @@ from easyrl.planning.memory import device_bytes, item_size
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.planning.phases import Phase, pack_plans, packed_loops, whole
 from easyrl.runtime.run_config import compute_settings, find_shapes
-from easyrl.sampling.decode import SamplingConfig, cache_sizes, loop_name, make_sampler
+from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.sampling.loops import decode_loops
 from easyrl.steps.reward import make_scorer
 
 
@@ -27,9 +28,7 @@ def sampling_phase(
     config: Any, sampling: SamplingConfig, each: int, logprob_space: str, mesh: Mesh, cfg: ModelConfig, params: dict,
     fill: float,
 ) -> Phase:  # fmt: skip
-    """One call of the sampler, `each` responses to a prompt. Its loops run to the end of the longest response, whatever
-    the others' length.
-    """
+    """One call of the sampler, `each` responses to a prompt, all as long as they may be: no row is ever left out."""
     N, P, C = config.train_dataset.batch_size, config.train_dataset.seq_length, config.max_continuation_len
     B = each * N
     sample = make_sampler(
@@ -38,9 +37,12 @@ def sampling_phase(
     )  # fmt: skip
     host = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    sizes = cache_sizes(P, C)
+    loops = decode_loops(B, num_data_shards(mesh), P, C, may_end=True)
     # The first token comes from the prefill, so the last size sees one step less.
-    steps = [size - before for before, size in zip([P, *sizes], [*sizes[:-1], sizes[-1] - 1], strict=False)]
+    starts = [P, *(loop.size for loop in loops)]
+    trips = [
+        min(loop.size, P + C - 1) - start if loop.rows == B else 0 for start, loop in zip(starts, loops, strict=False)
+    ]
     flops = ForwardFlops(cfg)
     cache = 2 * cfg.num_layers * B * (P + C) * cfg.num_kv_heads * cfg.head_size * item_size(cfg.dtype)
     return Phase(
@@ -48,7 +50,7 @@ def sampling_phase(
         sample,
         (params, host(N, P), host(N), key, host(B)),
         runs=1,
-        loops={loop_name(size): float(trips) for size, trips in zip(sizes, steps, strict=True)},
+        loops={loop.name: float(trips) for loop, trips in zip(loops, trips, strict=True)},
         necessary=N * flops.sequence(fill * P) + B * flops.head + B * flops.decoding(fill * P, fill * (C - 1)),
         parts={
             "cache": cache / (num_data_shards(mesh) * math.gcd(mesh.shape["mp"], cfg.num_kv_heads)),

@@ -13,21 +13,17 @@ from jax.sharding import Mesh
 
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
-from easyrl.core.sharding import DECODE_RULES, Shard
-from easyrl.models.cache import grow_cache, init_cache, repeat_rows
+from easyrl.core.sharding import DECODE_RULES, Shard, num_data_shards
+from easyrl.models.cache import Cache, grow_cache, init_cache, repeat_rows
 from easyrl.models.families import ModelConfig
 from easyrl.models.heads import lm_logits, token_logprobs
 from easyrl.models.trunk import trunk, unstack_layers
 from easyrl.sampling.logits import choose, keep_top_k, keep_top_p, penalise_repetition, suppress
+from easyrl.sampling.loops import Loop, decode_loops, most_unfinished, put_rows, take_rows, unfinished_first
 
 Array = jax.Array
 
 LOGPROB_SPACES = ("sampling", "model")
-
-# The cache starts with room for the prompt and grows this many times at most, so that attention reads little more than
-# what is filled. Every size compiles the step once more, so short completions get fewer.
-MAX_CACHE_SIZES = 4
-MIN_GROWTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +66,11 @@ class Samples(flax.struct.PyTreeNode):
 
 
 class _Rows(flax.struct.PyTreeNode):
-    """The responses after `step` tokens."""
+    """The responses after `step` tokens, and what they are drawn from."""
 
     step: Array
+    prompt_lengths_B: Array
+    keys_B: Array
     tokens_BC: Array
     logprobs_BC: Array
     entropies_BC: Array
@@ -121,15 +119,15 @@ def make_sampler(
     C = sampling.max_new_tokens
     logprob_temperature = sampling.temperature if logprob_space == "sampling" else 1.0
     cfg = cfg.without_gradient
-    shard = None if mesh is None else Shard(mesh)
+    shard, shards = (None, 1) if mesh is None else (Shard(mesh), num_data_shards(mesh))
 
     def by_row(x: Array) -> Array:
         return x if shard is None else shard(x, "batch", *[None] * (x.ndim - 1))
 
-    def draw(params: dict, hidden_BD: Array, row_keys_B: Array, rows: _Rows) -> _Rows:
+    def draw(params: dict, hidden_BD: Array, rows: _Rows) -> _Rows:
         """The next token of every row that goes on."""
         logits_BV = lm_logits(params, cfg, hidden_BD)
-        tokens_B = next_tokens(sampling, logits_BV, row_keys_B, rows.step, stop_ids, rows.seen_BV)
+        tokens_B = next_tokens(sampling, logits_BV, rows.keys_B, rows.step, stop_ids, rows.seen_BV)
         logprobs_B, entropies_B = token_logprobs(logits_BV, tokens_B, logprob_temperature)
         tokens_B = jnp.where(rows.done_B, pad_id, tokens_B)
         seen_BV = rows.seen_BV
@@ -139,7 +137,7 @@ def make_sampler(
         def put(into_BC: Array, new_B: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(into_BC, new_B[:, None], rows.step, axis=1)
 
-        return _Rows(
+        return rows.replace(
             step=rows.step + 1,
             tokens_BC=put(rows.tokens_BC, tokens_B),
             logprobs_BC=put(rows.logprobs_BC, jnp.where(rows.done_B, 0.0, logprobs_B)),
@@ -148,6 +146,38 @@ def make_sampler(
             done_B=rows.done_B | jnp.isin(tokens_B, jnp.asarray(stop_ids, jnp.int32)),
             seen_BV=seen_BV,
         )
+
+    def run(loops: list[Loop], params: dict, cache: Cache, rows: _Rows) -> _Rows:
+        """The rows once all responses have ended or are full."""
+        loop, *later = loops
+
+        def go_on(carry):
+            cache, rows = carry
+            has_room = (cache.index < cache.size) & (rows.step < C)
+            return has_room & (most_unfinished(rows.done_B, shards) > loop.until)
+
+        def decode(carry):
+            cache, rows = carry
+            hidden_B1D, cache = trunk(
+                params,
+                cfg,
+                jax.lax.dynamic_slice_in_dim(rows.tokens_BC, rows.step - 1, 1, axis=1),
+                (rows.prompt_lengths_B + rows.step - 1)[:, None],
+                (~rows.done_B)[:, None].astype(jnp.int32),
+                cache=cache,
+                shard=shard,
+            )
+            return cache, draw(params, hidden_B1D[:, 0], rows)
+
+        with jax.named_scope(loop.name):
+            cache, rows = jax.lax.while_loop(go_on, decode, (grow_cache(cache, loop.size), rows))
+        if not later:
+            return rows
+        if later[0].rows == loop.rows:
+            return run(later, params, cache, rows)
+        places_SN = unfinished_first(rows.done_B, shards, later[0].rows)
+        some = run(later, params, take_rows(cache, places_SN), take_rows(rows, places_SN))
+        return put_rows(rows, some, places_SN)
 
     @jax.jit
     def sample(params: dict, prompts_BP: Array, prompt_lengths_B: Array, key: Array, sample_ids: Array) -> Samples:
@@ -178,10 +208,11 @@ def make_sampler(
             lambda x: by_row(jnp.repeat(x, num_samples, axis=0)), (prompt_lengths_B, hidden_BD, seen_BV)
         )
         B = B * num_samples
-        row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, by_row(sample_ids))
         decode_params = unstack_layers(params, cfg, None if mesh is None else Shard(mesh, DECODE_RULES))
         rows = _Rows(
             step=jnp.zeros((), jnp.int32),
+            prompt_lengths_B=prompt_lengths_B,
+            keys_B=jax.vmap(jax.random.fold_in, (None, 0))(key, by_row(sample_ids)),
             tokens_BC=by_row(jnp.full((B, C), pad_id, jnp.int32)),
             logprobs_BC=by_row(jnp.zeros((B, C), jnp.float32)),
             entropies_BC=by_row(jnp.zeros((B, C), jnp.float32)),
@@ -189,28 +220,9 @@ def make_sampler(
             done_B=prompt_lengths_B == 0,
             seen_BV=seen_BV,
         )
-        rows = draw(decode_params, hidden_BD, row_keys_B, rows)
-
-        def go_on(carry):
-            cache, rows = carry
-            return (cache.index < cache.size) & (rows.step < C) & ~jnp.all(rows.done_B)
-
-        def decode(carry):
-            cache, rows = carry
-            hidden_B1D, cache = trunk(
-                decode_params,
-                cfg,
-                jax.lax.dynamic_slice_in_dim(rows.tokens_BC, rows.step - 1, 1, axis=1),
-                (prompt_lengths_B + rows.step - 1)[:, None],
-                (~rows.done_B)[:, None].astype(jnp.int32),
-                cache=cache,
-                shard=shard,
-            )
-            return cache, draw(decode_params, hidden_B1D[:, 0], row_keys_B, rows)
-
-        for size in cache_sizes(P, C):
-            with jax.named_scope(loop_name(size)):
-                cache, rows = jax.lax.while_loop(go_on, decode, (grow_cache(cache, size), rows))
+        rows = draw(decode_params, hidden_BD, rows)
+        loops = decode_loops(B, shards, P, C, may_end=bool(stop_ids))
+        rows = run(loops, decode_params, cache, rows)
         ended_B = rows.done_B & (rows.lengths_B > 0)
         return Samples(rows.tokens_BC, rows.lengths_B, rows.logprobs_BC, rows.entropies_BC, ended_B, rows.step)
 
@@ -238,14 +250,3 @@ def next_tokens(
     if sampling.top_p < 1:
         logits_BV = keep_top_p(logits_BV, sampling.top_p)
     return choose(jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, step), logits_BV)
-
-
-def cache_sizes(prompt_size: int, max_new_tokens: int) -> list[int]:
-    """The sizes through which the cache grows: equal shares of the completion, each on top of the prompt."""
-    num_sizes = min(MAX_CACHE_SIZES, -(-max_new_tokens // MIN_GROWTH))
-    return [prompt_size + -(-max_new_tokens * (i + 1) // num_sizes) for i in range(num_sizes)]
-
-
-def loop_name(size: int) -> str:
-    """The scope of the decoding loop whose cache has `size` slots, by which programs can be told how often it runs."""
-    return f"decode_to_{size}"

@@ -14,8 +14,7 @@ from easyrl.core.sharding import batch_sharding, make_mesh
 from easyrl.models.families import param_specs
 from easyrl.models.heads import lm_logits, token_logprobs
 from easyrl.models.trunk import trunk
-from easyrl.sampling import decode
-from easyrl.sampling.decode import SamplingConfig, cache_sizes, make_sampler, sample_ids
+from easyrl.sampling.decode import SamplingConfig, make_sampler, sample_ids
 from tests.tiny import draw_params, tiny_config
 
 CFG = tiny_config(num_heads=16, num_kv_heads=8)  # divides by 8 devices
@@ -219,18 +218,6 @@ def test_rows_that_only_fill_the_batch_get_no_response():
     np.testing.assert_array_equal(out.tokens_BC[:6], expected.tokens_BC[:6])
     np.testing.assert_array_equal(out.tokens_BC[6:], PAD)
     assert not out.lengths_B[6:].any() and not out.ended_B[6:].any()
-
-
-def test_the_cache_grows_to_what_is_needed_and_changes_nothing(monkeypatch):
-    assert cache_sizes(100, 16) == [116]
-    assert cache_sizes(100, 128) == [164, 228]
-    assert cache_sizes(100, 1000) == [350, 600, 850, 1100]
-    assert cache_sizes(7, 71) == [43, 78]
-    expected = sample()
-    monkeypatch.setattr(decode, "MIN_GROWTH", 5)
-    grown = make_sampler(CFG, SamplingConfig(max_new_tokens=12), stop_ids=(), pad_id=PAD)
-    assert len(cache_sizes(9, 12)) == 3
-    np.testing.assert_array_equal(grown(PARAMS, PROMPTS, LENGTHS, KEY, IDS).tokens_BC, expected.tokens_BC)
 
 
 def test_one_token_needs_no_decoding():

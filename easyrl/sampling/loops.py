@@ -1,0 +1,90 @@
+"""The loops of decoding: more slots in the cache as responses grow, fewer rows as they end.
+
+A compiled loop has one shape. One for all steps would attend to slots that are not filled yet, and compute rows whose
+responses have long ended, until the longest has. So decoding runs through a few, each compiled once.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# The cache starts with room for the prompt and grows this many times at most, so that attention reads little more than
+# what is filled. Every size compiles the step once more, so short completions get fewer.
+MAX_CACHE_SIZES = 3
+MIN_GROWTH = 64
+
+# When no more than a quarter of the rows go on, no more than a quarter is decoded.
+NARROWING = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Decoding of `rows` rows with a cache of `size` slots, until that is full or no device has more than `until` rows
+    that go on.
+    """
+
+    rows: int
+    size: int
+    until: int
+
+    @property
+    def name(self) -> str:
+        """The scope of the loop, by which programs can be told how often it runs."""
+        return f"decode_{self.rows}_rows_to_{self.size}"
+
+
+def cache_sizes(prompt_size: int, max_new_tokens: int) -> list[int]:
+    """The sizes through which the cache grows: equal shares of the completion, each on top of the prompt."""
+    num_sizes = min(MAX_CACHE_SIZES, -(-max_new_tokens // MIN_GROWTH))
+    return [prompt_size + -(-max_new_tokens * (i + 1) // num_sizes) for i in range(num_sizes)]
+
+
+def decode_loops(rows: int, shards: int, prompt_size: int, max_new_tokens: int, *, may_end: bool) -> list[Loop]:
+    """The loops for `rows` rows, split over `shards` devices, in the order in which they run.
+
+    Rows become fewer on every device by itself, so nothing moves between them. Where no response can end early, or all
+    are short, they stay as many.
+    """
+    sizes, each = cache_sizes(prompt_size, max_new_tokens), rows // shards
+    few = -(-each // NARROWING)
+    if few == each or not may_end or max_new_tokens < MIN_GROWTH:
+        return [Loop(rows, size, until=0) for size in sizes]
+    return [*(Loop(rows, size, until=few) for size in sizes), Loop(shards * few, sizes[-1], until=0)]
+
+
+def most_unfinished(done_B: Array, shards: int) -> Array:
+    """How many rows go on, on the device where most do; int32 scalar."""
+    return jnp.max(jnp.sum(~done_B.reshape(shards, -1), axis=1))
+
+
+def unfinished_first(done_B: Array, shards: int, rows: int) -> Array:
+    """Places [shards, rows / shards] of rows within their device's, those that go on before the others."""
+    return jnp.argsort(done_B.reshape(shards, -1), axis=1, stable=True)[:, : rows // shards]
+
+
+def take_rows(tree, places_SN: Array):
+    """The rows of all arrays in `tree` at these places of each device's; scalars stay."""
+
+    def take(x: Array) -> Array:
+        if x.ndim == 0:
+            return x
+        shards, n = places_SN.shape
+        taken = jax.vmap(lambda part, places: part[places])(x.reshape(shards, -1, *x.shape[1:]), places_SN)
+        return taken.reshape(shards * n, *x.shape[1:])
+
+    return jax.tree.map(take, tree)
+
+
+def put_rows(tree, some, places_SN: Array):
+    """`tree` with the rows of `some` put back where `take_rows` took them from; scalars are those of `some`."""
+
+    def put(x: Array, new: Array) -> Array:
+        if x.ndim == 0:
+            return new
+        parts = (a.reshape(len(places_SN), -1, *a.shape[1:]) for a in (x, new))
+        return jax.vmap(lambda part, new, places: part.at[places].set(new))(*parts, places_SN).reshape(x.shape)
+
+    return jax.tree.map(put, tree, some)
