@@ -5,6 +5,7 @@ responses have long ended, until the longest has. So decoding runs through a few
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ Array = jax.Array
 
 # The cache starts with room for the prompt and grows this many times at most, so that attention reads little more than
 # what is filled. Every size compiles the step once more, so short completions get fewer.
-MAX_CACHE_SIZES = 3
+MAX_CACHE_SIZES = 4
 MIN_GROWTH = 64
+SLOT_MULTIPLE = 64  # of all sizes but the last: a TPU handles other numbers of slots with copies
 
 # When no more than a quarter of the rows go on, no more than a quarter is decoded.
 NARROWING = 4
@@ -37,9 +39,11 @@ class Loop:
 
 
 def cache_sizes(prompt_size: int, max_new_tokens: int) -> list[int]:
-    """The sizes through which the cache grows: equal shares of the completion, each on top of the prompt."""
+    """The sizes through which the cache grows: about equal shares of the completion, each on top of the prompt."""
     num_sizes = min(MAX_CACHE_SIZES, -(-max_new_tokens // MIN_GROWTH))
-    return [prompt_size + -(-max_new_tokens * (i + 1) // num_sizes) for i in range(num_sizes)]
+    whole = prompt_size + max_new_tokens
+    shares = (prompt_size + max_new_tokens * (i + 1) / num_sizes for i in range(num_sizes))
+    return sorted({min(whole, math.ceil(size / SLOT_MULTIPLE) * SLOT_MULTIPLE) for size in shares})
 
 
 def decode_loops(rows: int, shards: int, prompt_size: int, max_new_tokens: int, *, may_end: bool) -> list[Loop]:

@@ -36,15 +36,16 @@ def wide():
     return sample("1,1,1")
 
 
-def test_caches_grow_in_equal_steps_of_64_slots_or_more():
+def test_caches_grow_by_64_slots_or_more_to_what_is_needed():
     assert cache_sizes(100, 16) == [116]
-    assert cache_sizes(100, 128) == [164, 228]
-    assert cache_sizes(100, 1000) == [434, 767, 1100]
-    assert cache_sizes(7, 71) == [43, 78]
+    assert cache_sizes(128, 128) == [192, 256]
+    assert cache_sizes(100, 1000) == [384, 640, 896, 1100]
+    assert cache_sizes(7, 71) == [64, 78]
+    assert cache_sizes(100, 70) == [170]
 
 
 def test_rows_become_a_quarter_of_each_devices():
-    wide = [Loop(64, 164, until=2), Loop(64, 228, until=2)]
+    wide = [Loop(64, 192, until=2), Loop(64, 228, until=2)]
     assert decode_loops(64, 8, 100, 128, may_end=True) == [*wide, Loop(16, 228, until=0)]
     assert decode_loops(6, 1, 100, 64, may_end=True) == [Loop(6, 164, until=2), Loop(2, 164, until=0)]
     assert decode_loops(8, 4, 100, 64, may_end=True) == [Loop(8, 164, until=1), Loop(4, 164, until=0)]
@@ -80,6 +81,7 @@ def test_loops_change_no_response(mesh_dim, wide, monkeypatch):
         return trunk(params, cfg, tokens, *rest, **options)
 
     monkeypatch.setattr(loops, "MIN_GROWTH", 8)
+    monkeypatch.setattr(loops, "SLOT_MULTIPLE", 8)
     monkeypatch.setattr(decode, "trunk", watched)
     out = sample(mesh_dim)
     np.testing.assert_array_equal(out.tokens_BC, wide.tokens_BC)
