@@ -88,3 +88,11 @@ def run_processes(
         ended = processes.wait(seconds)
         assert [process.status for process in ended] == [0] * count, processes.told()
     return ended
+
+
+def told(text: str) -> list[str]:
+    """The lines of a process, without those of the library that carries messages between CPUs.
+
+    Its threads write at once, so one of its lines may have lost its start to another.
+    """
+    return [line for line in text.splitlines() if "peer ranks" not in line and not line.startswith("[Gloo]")]

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 from easyrl import train_dpo, train_rm, train_sft
 from easyrl.runtime.metrics import timeless
 from tests.offline import TINY, metrics_of, run_script, write_rows
-from tests.processes import run_processes
+from tests.processes import run_processes, told
 from tests.test_resume import ROWS, WORDS
 from tests.train_ppo.conftest import write_model
 
@@ -42,13 +42,15 @@ def test_several_processes_are_one_run(name, count, devices, mesh_dim, tmp_path,
         else:
             mine |= {"mesh_dim": mesh_dim, "micro_batch_size": 0}
             ended = run_processes(f"easyrl.{name}", mine, count, devices, tmp_path / "logs")
-            assert not [line for e in ended[1:] for line in e.out.splitlines() if not line.startswith("[Gloo]")]
+            assert not [line for e in ended[1:] for line in told(e.out)]
 
     ours, theirs = ([timeless(row) for row in metrics_of(tmp_path / run)] for run in ("several", "one"))
     assert len(ours) == len(theirs) > 4
     for row, expected in zip(ours, theirs, strict=True):
         assert row.keys() == expected.keys()
-        for metric in row.keys() - {"tokens/padding_share"}:
+        # Before the first update policy and reference are one model: which margin is above 0 is a matter of rounding.
+        undecided = {"rewards/accuracies"} if name == "train_dpo" and row["step"] == 1 else set()
+        for metric in row.keys() - {"tokens/padding_share"} - undecided:
             np.testing.assert_allclose(row[metric], expected[metric], atol=1e-5, rtol=1e-5, err_msg=metric)
     for folder in ("hf", "hf_best"):
         weights, expected = (load_file(tmp_path / run / folder / "model.safetensors") for run in ("several", "one"))

@@ -70,9 +70,11 @@ def unbroken(folder):
 
 @pytest.fixture(scope="module")
 def broken(folder):
-    """A run that broke off twice, and was at step 3 the second time."""
-    for dies_before in (3, 4):
-        start(folder, folder / "broken", dies_before=dies_before)
+    """A run that broke off twice, and was at step 3 the second time; its folder was named from the one above."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for dies_before in (3, 4):
+            start(folder, "broken", dies_before=dies_before)
         assert [row["step"] for row in metrics_of(folder / "broken")] == list(range(dies_before))
     return folder / "broken"
 

@@ -100,6 +100,11 @@ def find_checkpoint(target: str, flag: str) -> tuple[epath.Path, int]:
     raise UserError(f"{flag}: found no whole checkpoint there, expected a run's checkpoints folder or one step of it")
 
 
+def _for_orbax(path: epath.Path) -> epath.Path:
+    """An absolute path, as orbax demands: checkpoints may be named relative to the folder one works in."""
+    return path if is_remote(path) else epath.Path(os.path.abspath(path))
+
+
 def read_facts(folder: epath.Path, step: int) -> dict[str, Any]:
     """What was written beside the arrays of a step. Raises UserError naming the file when it is damaged."""
     path = folder / str(step) / FACTS
@@ -125,7 +130,7 @@ def read_arrays(folder: epath.Path, step: int, abstract: Any) -> Any:
     )
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            arrays = reader.restore(path, args=arguments)
+            arrays = reader.restore(_for_orbax(path), args=arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be restored: {error}") from error
     for place, leaf in jax.tree_util.tree_leaves_with_path(arrays):
@@ -164,7 +169,8 @@ class Writer:
         The arrays may be donated to a computation right afterwards. Waits for the save before, whose errors it raises.
         """
         self.wait()
-        self._orbax.save(self._folder / str(step) / STATE, args=ocp.args.PyTreeSave(arrays), force=True)
+        path = _for_orbax(self._folder / str(step) / STATE)
+        self._orbax.save(path, args=ocp.args.PyTreeSave(arrays), force=True)
         self._thread = threading.Thread(
             target=self._finish, args=(step, facts | {"format": FORMAT}), name="checkpoint", daemon=True
         )

@@ -64,7 +64,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Labelled:
-    """One answer, and whether it is a good one. With an empty prompt it is raw text."""
+    """One answer, the last of its conversation, and whether it is a good one. With an empty prompt it is raw text."""
 
     prompt: Messages
     completion: Messages
@@ -178,7 +178,9 @@ def _answered(row: Row, kind: str) -> tuple[Messages, Messages, set[str]]:
         messages = _with_system(row, read_messages(row[name], name))
         check_turns(messages, name, last="assistant")
         _agree(row, messages, name)
-        start = next(index for index, message in enumerate(messages) if message.role == "assistant")
+        # A label judges the last answer; a demonstration shows all of them.
+        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        start = answers[-1] if kind == "labelled" else answers[0]
         return messages[:start], messages[start:], {name, "prompt", "system"}
     if name == "output":
         prompt: Messages = (Message("user", _instruction(row)),)

@@ -39,7 +39,10 @@ def progress_hook(total: int, show: Mapping[str, str], *, start: int = 0, file: 
         bar.delay = 0.0
         bar.update(info.step - bar.n)
 
-    return Hook(on_step=on_step, close=bar.close)
+    def end(info: StepInfo) -> None:
+        bar.close()  # what else is said at the end has lines of its own
+
+    return Hook(on_step=on_step, on_stop=end, on_end=end, close=bar.close)
 
 
 def short(value: float) -> str:

@@ -56,6 +56,16 @@ def test_what_is_saved_comes_back(writer, folder):
         assert_same(read_arrays(folder, step, abstract_of(arrays())), arrays(step))
 
 
+def test_a_folder_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = epath.Path("run/checkpoints")
+    writer = Writer(folder, lambda facts: [], lambda: None)
+    save(writer, 3)
+    writer.close()
+    assert find_checkpoint("run", "--resume") == (folder, 3)
+    assert_same(read_arrays(folder, 3, abstract_of(arrays())), arrays(3))
+
+
 def test_a_part_of_the_arrays_in_another_format(writer, folder):
     save(writer, 1)
     wanted = {"params": {"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=arrays()["params"]["w"].sharding)}}

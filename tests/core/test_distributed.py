@@ -13,7 +13,7 @@ from easyrl.core.config import load_config, to_yaml
 from easyrl.core.distributed import DistributedConfig, check_same, from_first, gather_texts, is_first, several
 from easyrl.core.errors import UserError
 from easyrl.runtime.run_config import RunConfig
-from tests.processes import Processes
+from tests.processes import Processes, told
 
 GROUP = "--jax_distributed"
 SCRIPT = """
@@ -75,10 +75,6 @@ def talk(folder, seconds, **flags):
         return processes.wait(seconds)
 
 
-def lines(text):
-    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
-
-
 def test_processes_agree(tmp_path):
     first, second = talk(tmp_path, 100)
     assert (first.status, second.status) == (0, 0), first.err + second.err
@@ -90,21 +86,21 @@ def test_processes_agree(tmp_path):
         "--data: process 1 reads something else than process 0, expected the same",
         "--lr: process 0 has 0, process 1 has 1, expected the same",
     ]
-    assert lines(second.out) == heard
-    assert lines(first.out) == [*heard[:3], "said once", *heard[3:]]
-    assert lines(first.err) == ["easyrl: stopped in good order"] and lines(second.err) == []
+    assert told(second.out) == heard
+    assert told(first.out) == [*heard[:3], "said once", *heard[3:]]
+    assert told(first.err) == ["easyrl: stopped in good order"] and told(second.err) == []
 
 
 def test_an_error_that_all_have_is_one_line_each_and_their_status(tmp_path):
     for process in talk(tmp_path, 60, end="refused"):
-        assert (process.status, lines(process.err)) == (2, ["easyrl: error: the folder is full"])
+        assert (process.status, told(process.err)) == (2, ["easyrl: error: the folder is full"])
 
 
 @pytest.mark.slow  # it takes as long as JAX takes to miss a process: a minute
 def test_a_process_that_ends_alone_takes_the_others_down(tmp_path):
     first, second = talk(tmp_path, 120, end="alone")
     assert second.status == 2
-    assert lines(second.err) == ["easyrl: error: the folder is full", "easyrl: process 1 of 2 ends before the others"]
+    assert told(second.err) == ["easyrl: error: the folder is full", "easyrl: process 1 of 2 ends before the others"]
     assert first.status != 0 and "another task died" in first.err
 
 

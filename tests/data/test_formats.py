@@ -109,6 +109,11 @@ def test_a_transcript_keeps_blank_lines_inside_a_turn():
     assert parse_row(row, "pair")[0].prompt == (Message("user", "q\n\nstill q"),)
 
 
+def test_a_label_is_of_the_last_answer():
+    (labelled,) = parse_row({"messages": [Q, A, Q, A], "label": 1}, "labelled")
+    assert (labelled.prompt, labelled.completion) == ((*ASKED, *ANSWER, *ASKED), ANSWER)
+
+
 @pytest.mark.parametrize(("label", "value"), [(0, False), (1, True), (True, True), (False, False), (1.0, True)])
 def test_labels(label, value):
     expected = [Labelled(ASKED, ANSWER, value, {"source": "x"})]

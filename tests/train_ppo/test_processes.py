@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.processes import Processes, run_processes
+from tests.processes import Processes, run_processes, told
 from tests.train_ppo.conftest import Result, arguments
 
 STEPS = 3
@@ -54,14 +54,6 @@ def assert_same(result: Result, expected: Result, steps: int = STEPS) -> None:
         assert weights.keys() == expected_weights.keys()
         for name, weight in weights.items():
             np.testing.assert_allclose(weight, expected_weights[name], atol=1e-5, err_msg=f"{folder} {name}")
-
-
-def told(text: str) -> list[str]:
-    """The lines of a process, without those of the library that carries messages between CPUs.
-
-    Its threads write at once, so one of its lines may have lost its start to another.
-    """
-    return [line for line in text.splitlines() if "peer ranks" not in line and not line.startswith("[Gloo]")]
 
 
 def start(flags, folder, count, devices):
