@@ -9,7 +9,6 @@ waited for the disk would take twice as long. Nothing is computed in a step: on 
 import dataclasses
 import shutil
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    folder = epath.Path(Path(config.output_dir).absolute() / "checkpoints")
+    folder = epath.Path(config.output_dir) / "checkpoints"
     shutil.rmtree(folder, ignore_errors=True)
     rng = np.random.default_rng(0)
     state = {str(k): jnp.asarray(rng.normal(size=(1024, 1024)), jnp.float32) for k in range(config.megabytes // 4 or 1)}

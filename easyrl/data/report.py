@@ -56,7 +56,7 @@ class DataReport:
         lines += [(what, f"{count:,} ({count / max(self.samples, 1):.1%})") for what, count in counts]
         if not self.rewritten:
             lines.pop()
-        lines.append(("tokens", f"{self.tokens:,} ({answers}{mean:.0f} a sample, longest sequence {self.longest:,})"))
+        lines.append(("tokens", f"{self.tokens:,} ({answers}{mean:,.0f} a sample, longest sequence {self.longest:,})"))
         return lines
 
 

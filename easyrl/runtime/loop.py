@@ -32,8 +32,8 @@ class Hook:
     """Something that happens beside the steps.
 
     on_step: called with the metrics of every step that `every` divides; never for `every` 0. `every` may also be a
-      function of the step, asked once for each, after the step was handed over. The answer True ends the run early,
-      after the step that may already be under way.
+      function of the step, asked once for each, after the step was handed over and the one before is done. The answer
+      True ends the run early, after the step that may already be under way.
     needs_state: hand `on_step` the state of that very step. The loop then waits for the device before it goes on, since
       the next step would take over (donate) the state's memory. A batch is drawn only after these hooks, so they also
       find the data loader where the step left it.
@@ -134,9 +134,11 @@ def run_loop(
             if held:
                 step_metrics, held = {**step_metrics, "time/save": held}, 0.0
             start_copy(step_metrics)
-            late, pending = pending, _Pending(step, step_metrics, now, [hook for hook in hooks if hook.due(step)])
+            late, pending = pending, _Pending(step, step_metrics, now, [])
             if late is not None:
                 deliver(late)
+            # Not before: a signal that came while the device was at the step before is heard at this one.
+            pending.due = [hook for hook in hooks if hook.due(step)]
             needs_state = any(hook.needs_state for hook in pending.due)
             if needs_state or not on_device(step_metrics):
                 last = deliver(pending, state)

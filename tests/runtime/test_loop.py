@@ -127,6 +127,14 @@ def test_a_hook_may_say_itself_at_which_steps_it_is_called(device_step, on_host)
     assert seen == [(2, 2.0), (3, 3.0)]
 
 
+def test_what_comes_while_a_step_is_computed_is_heard_at_the_next(device_step):
+    asked_in, seen = [], []
+    signal = Hook(on_step=lambda info: asked_in.append(info.step) if info.step == 2 else None)
+    save = Hook(on_step=lambda info: not seen.append(info.step), every=lambda step: bool(asked_in), needs_state=True)
+    run_loop(jnp.float32(0), [1.0] * 6, device_step, start=0, total=6, hooks=[signal, save])
+    assert seen == [3]
+
+
 def test_a_step_that_raises_loses_no_metrics_and_closes_without_ending(device_step):
     seen, events = [], []
 
