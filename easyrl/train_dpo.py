@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     itself = config.reads_reference and config.asks_beforehand and not config.load_checkpoint_reference
     params: Any = None
     if itself or not checkpoints.start:
-        params = load_weights(start, mesh, head="lm", dtype=dtype, seed=config.seed)
+        params = load_weights(start, mesh, head="lm", dtype=dtype, seed=config.seed, trained=True)
     reference = None
     if config.reads_reference:
         frozen = (

@@ -229,7 +229,7 @@ def main(config: Config) -> None:
     def load_trained(found: FoundModel, head: str, new_head: str | None = None) -> dict:
         layers = trained_layers(found.cfg.num_layers, unfrozen)
         return load_weights(
-            found, mesh, head=head, dtype=param_dtype, seed=config.seed, new_head=new_head, layers=layers
+            found, mesh, head=head, dtype=param_dtype, seed=config.seed, new_head=new_head, layers=layers, trained=True
         )
 
     def first_state() -> PPOState:

@@ -70,7 +70,9 @@ def main(config: Config) -> None:
     dtype, specs = DTYPES[config.param_dtype], param_specs(start.cfg, "reward")
 
     def first_state() -> TrainState:
-        params = load_weights(start, mesh, head="reward", dtype=dtype, seed=config.seed, new_head="normal")
+        params = load_weights(
+            start, mesh, head="reward", dtype=dtype, seed=config.seed, new_head="normal", trained=True
+        )
         return create_train_state(params, specs, optimizer, mesh)
 
     state = checkpoints.restore(abstract_train_state(specs, dtype, optimizer, mesh), first_state)

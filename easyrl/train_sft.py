@@ -65,7 +65,7 @@ def main(config: Config) -> None:
     dtype, specs = DTYPES[config.param_dtype], param_specs(start.cfg, "lm")
 
     def first_state() -> TrainState:
-        params = load_weights(start, mesh, head="lm", dtype=dtype, seed=config.seed)
+        params = load_weights(start, mesh, head="lm", dtype=dtype, seed=config.seed, trained=True)
         return create_train_state(params, specs, optimizer, mesh)
 
     state = checkpoints.restore(abstract_train_state(specs, dtype, optimizer, mesh), first_state)

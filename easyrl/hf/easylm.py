@@ -139,6 +139,10 @@ class EasyLMCheckpoint:
             part = heads.swapaxes(1, 2).reshape(part.shape)
         return part
 
+    def release(self, name: str) -> None:
+        """Give back the memory of what was read of a tensor's file, whose pages count as this process's until then."""
+        self._bytes.madvise(mmap.MADV_DONTNEED)
+
 
 def _is_embedding(name: str) -> bool:
     return "embed_tokens" in name

@@ -5,7 +5,10 @@ and host memory holds one part of one parameter at a time.
 """
 
 import dataclasses
+import math
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,10 @@ from easyrl.models.families import ModelConfig, param_specs
 
 Tensors = Checkpoint | EasyLMCheckpoint
 
-STRIP = 64  # numbers of a row that are transposed at a time
+STRIP = 8  # rows of a tensor that are copied at a time
+ALIGNED = 64  # bytes; the CPU backend takes an array that starts at a multiple of them without copying it
+THREADS = min(8, os.cpu_count() or 1)  # more than memory can feed are of no use
+SMALL = 1 << 18  # bytes; less than these is copied faster than threads are started
 PROGRESS_BYTES = 1e9  # a smaller model loads before a bar would be of use
 
 
@@ -40,6 +46,7 @@ def load_params(
     layers: range | None = None,
     new_head: str | None = None,
     seed: int = 0,
+    trained: bool = False,
 ) -> dict:
     """The parameters of `param_specs(cfg, head, layers)`, cast to `dtype` and sharded over `mesh`.
 
@@ -48,6 +55,9 @@ def load_params(
     A `reward` or `value` head is the weight (and for a value the bias, zero when absent) of whichever the checkpoint
     has, a sequence classifier's or a token classifier's, so a value model can start from a reward model. When it has
     neither, `new_head` says how to start one: `zeros`, or `normal` (the head's own initialiser, drawn from `seed`).
+
+    `trained` parameters are to be donated to steps. On a CPU these write only into memory of the backend's own, so such
+    parameters are copied there; others stay in the memory that they were read into.
 
     Raises UserError naming file and tensor when a tensor is missing, left over, or has the wrong shape or type; all of
     this is known from the files' headers before any weight is read.
@@ -62,7 +72,7 @@ def load_params(
 
         def load(name: str, spec: ParamSpec) -> jax.Array:
             if name in sources:
-                array = _load_leaf(checkpoint, sources[name], spec, placed[name], dtype, lowest)
+                array = _load_leaf(checkpoint, sources[name], spec, placed[name], dtype, lowest, trained)
             else:
                 array = start_leaf(name, spec, new_head, seed, dtype, mesh)
             bar.update(array.nbytes)
@@ -140,7 +150,7 @@ def _check_left_over(checkpoint: Tensors, cfg: ModelConfig, expected: set[str], 
 
 
 def _load_leaf(
-    checkpoint: Tensors, tensor: HFTensor, spec: ParamSpec, sharding: NamedSharding, dtype, lowest: int
+    checkpoint: Tensors, tensor: HFTensor, spec: ParamSpec, sharding: NamedSharding, dtype, lowest: int, trained: bool
 ) -> jax.Array:
     """One parameter, each distinct part read once and given to all the local devices that hold it.
 
@@ -153,22 +163,34 @@ def _load_leaf(
         devices_of.setdefault(bounds, []).append(device)
     arrays = []
     for bounds, devices in devices_of.items():
-        block = _read_part(checkpoint, tensor, spec.shape, tuple(slice(*b) for b in bounds), dtype, lowest)
-        arrays += [jax.device_put(block, device) for device in devices]
+        block = _read_part(checkpoint, tensor, spec.shape, tuple(slice(*b) for b in bounds), dtype, lowest, trained)
+        arrays += jax.block_until_ready([jax.device_put(block, device) for device in devices])  # so that one is held
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
 
 
 def _read_part(
-    checkpoint: Tensors, tensor: HFTensor, shape: tuple[int, ...], part: Slices, dtype, lowest: int
+    checkpoint: Tensors, tensor: HFTensor, shape: tuple[int, ...], part: Slices, dtype, lowest: int, trained: bool
 ) -> np.ndarray:
     """One part of a parameter, its layers stacked, in our layout and `dtype`."""
-    block = np.empty([s.stop - s.start for s in part], dtype)
+    shape_here = [s.stop - s.start for s in part]
+    block = np.empty(shape_here, dtype) if trained else _aligned(shape_here, np.dtype(dtype))
     if not tensor.layered:
         _fill(block, checkpoint, tensor.name, tensor, shape, part)
     else:
         for row, i in zip(block, range(part[0].start, part[0].stop), strict=True):
             _fill(row, checkpoint, tensor.name.format(i=lowest + i), tensor, shape[1:], part[1:])
     return block
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An array to be filled, in memory that the CPU backend takes as it is.
+
+    numpy alone aligns to 16 bytes only, and the backend then copies.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + ALIGNED, np.uint8)
+    start = -memory.ctypes.data % ALIGNED
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _fill(
@@ -179,17 +201,27 @@ def _fill(
         view: Any = (*ours, ...)  # of a single number too
         wanted = block[view]
         _copy(wanted, tensor.to_ours(checkpoint.read(name, theirs), wanted.shape))
+    checkpoint.release(name)
 
 
 def _copy(into: np.ndarray, view: np.ndarray) -> None:
-    """`into[...] = view`, for a transposed view a strip at a time.
+    """`into[...] = view` in several threads, each of which copies a run of the tensor's rows, a few at a time.
 
-    numpy reads one number of each of its rows in turn, and the next numbers of those rows are still in the processor's
-    cache only if few bytes of each are wanted at a time.
+    Of a transposed view numpy reads one number of each row in turn. The next numbers of those rows are still in the
+    processor's first cache only if the rows are few: their length is often a power of two, and then they all share one
+    place in it. Rows are cast before they are transposed, because numpy casts short runs of numbers slowly.
     """
-    strip = STRIP if view.ndim > 1 and not view.flags.c_contiguous else 0
-    if not strip:
+    if into.nbytes < SMALL:
         into[...] = view
         return
-    for start in range(0, len(view), strip):
-        into[start : start + strip] = view[start : start + strip]
+    if view.strides[-1] != view.itemsize:
+        into, view = np.moveaxis(into, -1, 0), np.moveaxis(view, -1, 0)
+    run = -(-len(view) // THREADS)
+
+    def copy(start: int) -> None:
+        for at in range(start, min(start + run, len(view)), STRIP):
+            rows = slice(at, min(at + STRIP, start + run))
+            into[rows] = view[rows].astype(into.dtype, copy=False)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(copy, range(0, len(view), run)))

@@ -137,12 +137,14 @@ def load_weights(
     seed: int = 0,
     new_head: str | None = None,
     layers: range | None = None,
+    trained: bool = False,
 ) -> dict:
     """The parameters of a model with the head `lm`, `reward` or `value`, in `dtype`, sharded on `mesh`.
 
     `new_head` (`zeros` or `normal`) says how to start a scalar head that the checkpoint lacks; `layers` asks for one
-    part of the model alone (`models/branch.py`). Everything random comes from `seed`. Raises UserError naming the
-    model's flag and the file at fault, or --mesh_dim for a parameter that it does not divide.
+    part of the model alone (`models/branch.py`); `trained` says that steps will be given the parameters to change
+    (`load_params`). Everything random comes from `seed`. Raises UserError naming the model's flag and the file at
+    fault, or --mesh_dim for a parameter that it does not divide.
     """
     with _naming(found.flag):
         if found.saved is not None:
@@ -151,7 +153,15 @@ def load_weights(
             params = init_params(param_specs(found.cfg, head), jax.random.key(seed), dtype, mesh)
         else:
             return load_params(
-                open_tensors(found), found.cfg, head, mesh, dtype, layers=layers, new_head=new_head, seed=seed
+                open_tensors(found),
+                found.cfg,
+                head,
+                mesh,
+                dtype,
+                layers=layers,
+                new_head=new_head,
+                seed=seed,
+                trained=trained,
             )
         return params if layers is None else cut(params, layers)
 

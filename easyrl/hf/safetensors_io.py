@@ -1,6 +1,7 @@
 """Safetensors files: a checkpoint of one or many files read slice by slice, and written tensor by tensor."""
 
 import json
+import mmap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,16 @@ INDEX = "model.safetensors.index.json"
 
 # numpy's name of a type -> the name in a safetensors header
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+NUMPY_NAMES = {theirs: ours for ours, theirs in FLOATS.items()}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its type in the header's words, and the byte of the file where its numbers start."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
 
 
 class Checkpoint:
@@ -30,54 +41,75 @@ class Checkpoint:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._slices: dict[str, Any] = {}
-        self._files: dict[str, Path] = {}
+        self._tensors: dict[str, Stored] = {}
+        self._bytes: dict[Path, mmap.mmap] = {}
         for path, expected in _files(directory):
             try:
-                file = safe_open(path, framework="numpy")
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+                tensors = _read_header(path)
+                with path.open("rb") as opened:
+                    self._bytes[path] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             except FileNotFoundError:
                 raise UserError(f"{path}: no such file, though {INDEX} names it") from None
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: cut short or not a safetensors file ({error})") from None
-            for name in expected - slices.keys():
+            for name in expected - tensors.keys():
                 raise UserError(f"{path}: tensor {name} is missing, though {INDEX} says it is here")
-            self._slices |= slices
-            self._files |= dict.fromkeys(slices, path)
+            self._tensors |= tensors
 
     def __contains__(self, name: str) -> bool:
-        return name in self._slices
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._slices)
+        return iter(self._tensors)
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self._files[name]
+        return self._tensors[name].file
 
     def dtype(self, name: str) -> str:
         """numpy's name of a tensor's type; of a type that holds no floats the name in the file."""
-        stored = self._slices[name].get_dtype()
-        return {theirs: ours for ours, theirs in FLOATS.items()}.get(stored, stored)
+        stored = self._tensors[name].dtype
+        return NUMPY_NAMES.get(stored, stored)
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise UserError unless the tensor `name` is there, of float type and of this shape."""
         if name not in self:
             raise UserError(f"{self.directory}: tensor {name} is missing, expected shape {list(shape)}")
-        found = tuple(self._slices[name].get_shape())
+        found = self._tensors[name].shape
         if found != shape:
             raise UserError(
                 f"{self.file(name)}: tensor {name} has shape {list(found)}, expected {list(shape)} from config.json"
             )
-        dtype = self._slices[name].get_dtype()
+        dtype = self._tensors[name].dtype
         if dtype not in FLOATS.values():
             raise UserError(
                 f"{self.file(name)}: tensor {name} has type {dtype}, expected one of {', '.join(FLOATS.values())}"
             )
 
     def read(self, name: str, slices: Slices) -> np.ndarray:
-        """One slice of a tensor; nothing else of it is copied into memory."""
-        return self._slices[name][slices]
+        """One slice of a tensor, as a view of the file: its bytes are read as they are used."""
+        file, shape, stored, start = self._tensors[name]
+        count = int(np.prod(shape, dtype=np.int64))
+        return np.frombuffer(self._bytes[file], NUMPY_NAMES[stored], count, start).reshape(shape)[slices]
+
+    def release(self, name: str) -> None:
+        """Give back the memory of what was read of a tensor's file, whose pages count as this process's until then."""
+        self._bytes[self.file(name)].madvise(mmap.MADV_DONTNEED)
+
+
+def _read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a file, once the library has opened it and so found its header sound.
+
+    The library does not say where in the file a tensor lies, and copies what it reads, so the offsets are read here.
+    """
+    with safe_open(path, framework="numpy"), path.open("rb") as file:
+        begin = 8 + (length := int.from_bytes(file.read(8), "little"))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, tuple(info["shape"]), info["dtype"], begin + info["data_offsets"][0])
+        for name, info in header.items()
+    }
 
 
 def _files(directory: Path) -> list[tuple[Path, set[str]]]:

@@ -63,6 +63,22 @@ class TestSharded:
         assert of_q == [tensors[Q.format(1)].nbytes // 4] * 4
         assert sum(size for _, size in reads) == sum(tensor.nbytes for tensor in tensors.values())
 
+    @pytest.mark.parametrize("mesh_dim", ["1,1,1", "2,2,2"])
+    @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+    def test_threads_leave_no_number_out(self, folder, monkeypatch, mesh_dim, wanted):
+        directory, mesh = folder(), make_mesh(mesh_dim, devices=jax.devices()[: 1 if mesh_dim == "1,1,1" else 8])
+        whole = load(directory, mesh, dtype=wanted)
+        monkeypatch.setattr("easyrl.hf.load.SMALL", 0)
+        monkeypatch.setattr("easyrl.hf.load.THREADS", 3)  # neither the rows nor the strips divide by it
+        assert_same(load(directory, mesh, dtype=wanted), whole)
+
+    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere parameters never stay in the host's memory")
+    def test_what_will_be_trained_is_changed_in_place(self, folder, mesh, monkeypatch):
+        double = jax.jit(lambda x: x * 2, donate_argnums=0)
+        kernel = load(folder(hidden_size=1024, head_dim=16, vocab_size=4096), mesh, trained=True)["embed"]["tokens"]
+        before = kernel.addressable_shards[0].data.unsafe_buffer_pointer()
+        assert double(kernel).addressable_shards[0].data.unsafe_buffer_pointer() == before
+
     def test_a_sharding_that_does_not_fit_names_the_parameter(self, folder):
         with pytest.raises(UserError, match=r"parameter layers/attn/k .*kv_heads=2"):
             load(folder(), make_mesh("1,1,8"))
