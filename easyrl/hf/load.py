@@ -172,8 +172,7 @@ def _read_part(
     checkpoint: Tensors, tensor: HFTensor, shape: tuple[int, ...], part: Slices, dtype, lowest: int, trained: bool
 ) -> np.ndarray:
     """One part of a parameter, its layers stacked, in our layout and `dtype`."""
-    shape_here = [s.stop - s.start for s in part]
-    block = np.empty(shape_here, dtype) if trained else _aligned(shape_here, np.dtype(dtype))
+    block = _empty([s.stop - s.start for s in part], np.dtype(dtype), trained)
     if not tensor.layered:
         _fill(block, checkpoint, tensor.name, tensor, shape, part)
     else:
@@ -182,14 +181,14 @@ def _read_part(
     return block
 
 
-def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """An array to be filled, in memory that the CPU backend takes as it is.
+def _empty(shape: list[int], dtype: np.dtype, trained: bool) -> np.ndarray:
+    """An array to be filled, in memory that the CPU backend takes as it is; of a `trained` parameter, that it copies.
 
-    numpy alone aligns to 16 bytes only, and the backend then copies.
+    Neither is left to chance: where numpy's own arrays start depends on what the process has freed before.
     """
     nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + ALIGNED, np.uint8)
-    start = -memory.ctypes.data % ALIGNED
+    memory = np.empty(nbytes + 2 * ALIGNED, np.uint8)
+    start = -memory.ctypes.data % ALIGNED + (ALIGNED // 4 if trained else 0)
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
