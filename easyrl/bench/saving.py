@@ -4,11 +4,13 @@
 
 A state of that size is saved after every step; a step lasts as long as one checkpoint takes to write, so a loop that
 waited for the disk would take twice as long. Nothing is computed in a step: on an accelerator the host is idle then.
+The checkpoints go into a new folder inside --output_dir, which decides the disk, and are removed with that folder.
 """
 
 import dataclasses
-import shutil
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from etils import epath
 
 from easyrl.core.checkpoints import Writer
 from easyrl.core.config import flag, run
+from easyrl.core.errors import UserError
 from easyrl.runtime.loop import Hook, StepInfo, run_loop
 
 
@@ -26,12 +29,21 @@ class Config:
 
     megabytes: int = flag(512, "Size of the state.", least=1)
     steps: int = flag(8, "Steps to measure.", least=2)
-    output_dir: str = flag("build/saving", "Where to write; what is written is removed.")
+    output_dir: str = flag("build/saving", "Folder on the disk to measure. Only what is written is removed.")
 
 
 def main(config: Config) -> None:
-    folder = epath.Path(config.output_dir) / "checkpoints"
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        own = tempfile.TemporaryDirectory(prefix="saving.", dir=config.output_dir)
+    except OSError as error:
+        raise UserError(f"--output_dir={config.output_dir}: cannot write there: {error.strerror}") from None
+    with own as folder:
+        measure(config, epath.Path(folder))
+
+
+def measure(config: Config, folder: epath.Path) -> None:
+    """Writes the checkpoints of all steps into `folder` and prints what that took."""
     rng = np.random.default_rng(0)
     state = {str(k): jnp.asarray(rng.normal(size=(1024, 1024)), jnp.float32) for k in range(config.megabytes // 4 or 1)}
     change = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
@@ -61,7 +73,6 @@ def main(config: Config) -> None:
     hooks = [Hook(note), Hook(save, needs_state=True)]
     run_loop(state, range(config.steps + 1), step, start=0, total=config.steps + 1, hooks=hooks)
     writer.close()
-    shutil.rmtree(folder.parent)
     cost = sum(held[1:]) / config.steps
     print(f"a state of {config.megabytes} MB takes {step_seconds:.2f} s to write, and so long is a step")
     print(f"the loop waits {cost:.3f} s for each save: {cost / step_seconds:.1%} of a step")

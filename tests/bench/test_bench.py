@@ -65,6 +65,17 @@ def test_loading_writes_its_figures(tmp_path):
     assert set(found["seconds"]) == {"loading", "reading the file", "reading into memory"}
 
 
+def test_measuring_what_saving_costs_leaves_the_folder_as_it_was(tmp_path, capsys):
+    saving = importlib.import_module("easyrl.bench.saving")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "thesis.txt").write_text("mine")
+    saving.main(load_config(saving.Config, ["--megabytes=4", "--steps=2", f"--output_dir={tmp_path}"]))
+    assert "the loop waits" in capsys.readouterr().out
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "checkpoints" / "thesis.txt"]
+    with pytest.raises(UserError, match=r"^--output_dir=.*thesis.txt: cannot write there"):
+        saving.main(load_config(saving.Config, [f"--output_dir={tmp_path / 'checkpoints' / 'thesis.txt'}"]))
+
+
 def test_every_kind_has_a_module():
     for kind in KINDS:
         assert importlib.import_module(f"easyrl.bench.{kind}").Config
