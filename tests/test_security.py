@@ -11,6 +11,7 @@ RUN_TEXT = {"eval", "exec", "compile", "__import__"}
 ARCHIVES = {"zipfile", "tarfile"}  # gzip holds one file, which has no name
 UNSAFE_ATTRIBUTES = {("yaml", "load"), ("yaml", "unsafe_load"), ("torch", "load"), ("os", "system"), ("os", "popen")}
 UNPACKING = {"unpack_archive", "extract", "extractall"}
+ASKING = {"from_pretrained", "from_config"}  # of transformers, which by default asks on stdin whether to run code
 UNSAFE_ARGUMENTS = {"trust_remote_code", "allow_pickle", "shell"}
 
 
@@ -29,6 +30,8 @@ def test_no_module_reads_pickles_unpacks_archives_or_runs_text(module):
             assert (function.value.id, function.attr) not in UNSAFE_ATTRIBUTES, f"{module}, line {call.lineno}"
         if isinstance(function, ast.Attribute):
             assert function.attr not in UNPACKING, f"{module}, line {call.lineno}"
+            if function.attr in ASKING:
+                assert "trust_remote_code" in {argument.arg for argument in call.keywords}, f"line {call.lineno}"
         for argument in call.keywords:
             off = isinstance(argument.value, ast.Constant) and argument.value.value is False
             assert argument.arg not in UNSAFE_ARGUMENTS or off, f"{module}, line {call.lineno}"

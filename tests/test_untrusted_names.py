@@ -66,6 +66,20 @@ def test_a_chat_template_is_no_place(name, deep):
         load_tokenizer(str(deep / "tokenizer"))
 
 
+def test_no_code_of_a_tokenizers_folder_is_run_and_nobody_is_asked(deep, monkeypatch):
+    folder = deep / "tokenizer"
+    make_tokenizer().save_pretrained(folder)
+    (folder / "tok.py").write_text(f"open({str(deep / STRAY)!r}, 'w')\nclass Own: pass\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "tok.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+    with pytest.raises(UserError, match=r"^--tokenizer=.*: no tokenizer can be loaded \(ValueError: .*custom code"):
+        load_tokenizer(str(folder))
+    assert not asked and not (deep / STRAY).exists()
+
+
 @pytest.mark.parametrize("name", [*LEADING_OUT, ".."])
 def test_an_index_names_files_of_its_folder(name, deep):
     folder = write_model(deep / "model")

@@ -32,7 +32,9 @@ def load_tokenizer(ref: str, flag: str = "--tokenizer") -> Tokenizer:
         found = "a file" if path.is_file() else "nothing there"
         raise UserError(f"{flag}={ref}: found {found}, expected a folder with a tokenizer or a hub id (owner/name)")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path) if path.is_dir() else ref)
+        # Said, not left out: without it transformers asks on the terminal, and a "y" on stdin runs the folder's code.
+        where = str(path) if path.is_dir() else ref
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         found = " ".join(str(error).split())[:200]
         raise UserError(f"{flag}={ref}: no tokenizer can be loaded ({type(error).__name__}: {found})") from None

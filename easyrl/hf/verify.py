@@ -56,7 +56,9 @@ def transformers_outputs(folder: Path, head: str, tokens: np.ndarray) -> np.ndar
         "reward": transformers.AutoModelForSequenceClassification,
         "value": transformers.AutoModelForTokenClassification,
     }[head]
-    model, info = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    model, info = auto.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+    )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             raise RunFailed(
