@@ -90,13 +90,11 @@ def find_checkpoint(target: str, flag: str) -> tuple[epath.Path, int]:
     or one step of the latter. Raises UserError naming `flag` when there is no whole checkpoint.
     """
     path, flag = epath.Path(target).expanduser(), f"{flag}=easyrl::{target}"
-    if path.name.isdecimal():
-        if (path / FACTS).exists():
-            return path.parent, int(path.name)
-    else:
-        for folder in (path, path / "checkpoints"):
-            if (step := newest_step(folder, flag)) is not None:
-                return folder, step
+    if path.name.isdecimal() and (path / FACTS).exists():  # a run's folder may have a number for a name, too
+        return path.parent, int(path.name)
+    for folder in (path, path / "checkpoints"):
+        if (step := newest_step(folder, flag)) is not None:
+            return folder, step
     raise UserError(f"{flag}: found no whole checkpoint there, expected a run's checkpoints folder or one step of it")
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import shutil
 import time
 
 import jax
@@ -181,6 +182,8 @@ def test_names_of_checkpoints(writer, folder):
         complaint = f"--f=easyrl::{target}: found no whole checkpoint there"
         with pytest.raises(UserError, match=re.escape(complaint)):
             find_checkpoint(str(target), "--f")
+    numbered = epath.Path(shutil.copytree(run, run / "1"))
+    assert find_checkpoint(str(numbered), "--f") == (numbered / "checkpoints", 10)
     assert newest_step(folder, "--f") == 10 and newest_step(run / "elsewhere", "--f") is None
 
 
