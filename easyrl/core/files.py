@@ -26,6 +26,18 @@ def write_atomic(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def cache_folder(named: str = "", flag: str = "") -> Path:
+    """The folder for caches: `named`, which `flag` gives, else $EASYRL_CACHE, else ~/.cache/easyrl.
+
+    Raises UserError naming them where a home is needed and there is none, as in some containers.
+    """
+    try:
+        return Path(named or os.environ.get("EASYRL_CACHE") or "~/.cache/easyrl").expanduser()
+    except RuntimeError:
+        names = f"--{flag} or EASYRL_CACHE" if flag else "EASYRL_CACHE"
+        raise UserError(f"{names}: expected a folder for the cache, since there is no home folder here") from None
+
+
 def check_writable(path: str, flag: str) -> None:
     """Raises UserError naming `flag`, before hours of work, when a file could not be written to `path`."""
     folder = Path(path).expanduser().parent

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from easyrl.core.config import flag
 from easyrl.core.distributed import check_same, quiet
 from easyrl.core.errors import UserError
+from easyrl.core.files import cache_folder
 from easyrl.data.formats import EXPECTED
 from easyrl.data.messages import BadRow
 from easyrl.data.readers import OnBad, Row, Source, open_source, parse_mixture, parse_split, refuse
@@ -146,9 +147,10 @@ def load_dataset(config: DatasetConfig, kind: str, template: Template, name: str
         split = parse_split(config.split)
     except UserError as error:
         raise UserError(f"--{name}.{error}") from None
+    cache = cache_folder(config.cache_dir, f"{name}.cache_dir")
     try:
         parts = parse_mixture(config.path)
-        stores = [_load(open_source(path, split), encoder, config) for path, _ in parts]
+        stores = [_load(open_source(path, split), encoder, config, cache) for path, _ in parts]
     except UserError as error:
         raise UserError(f"--{name}.path: {error}") from None
     weights = [weight for _, weight in parts if weight is not None]
@@ -157,7 +159,7 @@ def load_dataset(config: DatasetConfig, kind: str, template: Template, name: str
     return dataset
 
 
-def _load(source: Source, encoder: Encoder, config: DatasetConfig) -> Store:
+def _load(source: Source, encoder: Encoder, config: DatasetConfig, cache: Path) -> Store:
     per_sample = 2 if encoder.kind == "pair" else 1
     key = (
         VERSION,
@@ -169,8 +171,7 @@ def _load(source: Source, encoder: Encoder, config: DatasetConfig) -> Store:
         config.skip_bad_rows,
     )
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
-    cache = config.cache_dir or os.environ.get("EASYRL_CACHE") or "~/.cache/easyrl"
-    folder = Path(cache).expanduser() / "data" / f"{encoder.kind}-{digest[:32]}"
+    folder = cache / "data" / f"{encoder.kind}-{digest[:32]}"
     store = open_store(folder)
     if store is None:
         report = DataReport(source.path)

@@ -5,7 +5,6 @@ checkpoints/models/value/   the same of the value model, in PPO
 """
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 
 from easyrl.core.checkpoints import MODELS, find_checkpoint, is_remote, read_arrays
 from easyrl.core.errors import UserError
-from easyrl.core.files import write_atomic
+from easyrl.core.files import cache_folder, write_atomic
 from easyrl.core.params import abstract, map_specs
 from easyrl.hf.export import write_config
 from easyrl.hf.fields import read_json
@@ -133,8 +132,7 @@ def _local(folder: epath.Path) -> Path:
     """A folder of a store as a local one, where tokenizers can be read from."""
     if not is_remote(folder):
         return Path(folder)
-    cache = Path(os.environ.get("EASYRL_CACHE") or "~/.cache/easyrl").expanduser()
-    local = cache / MODELS / hashlib.sha256(str(folder).encode()).hexdigest()[:32]
+    local = cache_folder() / MODELS / hashlib.sha256(str(folder).encode()).hexdigest()[:32]
     local.mkdir(parents=True, exist_ok=True)
     _copy(folder, epath.Path(local))
     return local
