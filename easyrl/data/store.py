@@ -1,13 +1,15 @@
 """Tokenised samples on disk: ragged arrays that are memory-mapped, found again by a hash of everything that made them.
 
-A store is a folder of plain files. It is written beside its final name and moved there when whole, so a reader never
-meets half of one and several processes may build the same one at a time.
+A store is a folder of plain files. It is written beside its final name and moved there when whole and on the disk, so a
+reader never meets half of one and several processes may build the same one at a time.
 """
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import time
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from easyrl.core.errors import UserError
+from easyrl.core.files import sync
 from easyrl.data.report import DataReport
 from easyrl.data.sequences import Sample, TokenSequence
 
 VERSION = 2  # of the files below and of how rows become tokens: a change of either makes old stores useless
+FORGOTTEN = 86_400  # seconds after which what is left of a killed process is removed
 TOKENS = ("tokens.bin", np.int32)
 MARKS = ("is_answer.bin", np.bool_)
 COLUMNS = ("columns.bin", np.uint8)
@@ -71,7 +75,7 @@ def open_store(folder: Path) -> Store | None:
     """The store in `folder`, or None when there is none, or only what is left of one."""
     try:
         return Store(folder)
-    except (OSError, ValueError, KeyError):
+    except Exception:  # a damaged file: each of numpy, zip and JSON has several of its own
         return None
 
 
@@ -83,7 +87,9 @@ def write_store(folder: Path, samples: Iterable[Sample], report: DataReport, per
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+        _remove_forgotten(folder.parent)
+        beside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+        beside.mkdir()  # for others to read as the umask has it, where several people share a cache
     except OSError as error:
         raise UserError(f"cache folder {folder.parent}: cannot be written ({error.strerror})") from None
     try:
@@ -95,10 +101,21 @@ def write_store(folder: Path, samples: Iterable[Sample], report: DataReport, per
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _remove_forgotten(cache: Path) -> None:
+    """Removes what killed processes were writing: nothing in it has changed for a day."""
+    for path in cache.glob("*.tmp"):
+        with contextlib.suppress(OSError):  # another process was quicker, or it is somebody else's
+            if time.time() - max(part.stat().st_mtime for part in (path, *path.iterdir())) > FORGOTTEN:
+                shutil.rmtree(path, ignore_errors=True)
+
+
 def _move(beside: Path, folder: Path) -> Store:
+    for path in (*beside.iterdir(), beside):
+        sync(path)
     for _ in range(2):
         try:
             os.rename(beside, folder)
+            sync(folder.parent)
         except OSError:
             if (store := open_store(folder)) is not None:  # another process was quicker, with the same contents
                 return store

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -77,11 +78,14 @@ def test_what_is_left_of_a_cache_is_replaced(write_rows, template, builds):
         lambda folder: (folder / "meta.json").unlink(),
         lambda folder: (folder / "tokens.bin").write_bytes(b"12"),
         lambda folder: (folder / "samples.npz").write_bytes(b"PK"),
+        lambda folder: (folder / "samples.npz").write_bytes((folder / "samples.npz").read_bytes()[:200]),
+        lambda folder: (folder / "samples.npz").write_bytes(b""),
         lambda folder: (folder / "meta.json").write_text("{"),
+        lambda folder: (folder / "meta.json").write_text("[]"),
     ):
         damage(builds[-1])
         assert tokens(load(path, template)) == expected
-    assert len(builds) == 5
+    assert len(builds) == 8
 
 
 def test_an_interrupted_build_leaves_nothing(write_rows, template, cache_folder):
@@ -89,6 +93,24 @@ def test_an_interrupted_build_leaves_nothing(write_rows, template, cache_folder)
     with pytest.raises(UserError, match="line 6"):
         load(path, template)
     assert list((cache_folder / "data").iterdir()) == []
+
+
+def test_what_killed_builds_left_goes_after_a_day_and_others_may_read_a_cache(write_rows, template, cache_folder):
+    day = 86_400
+    for name, age in (("old", 2 * day), ("new", 0), ("slow", 2 * day)):
+        (cache_folder / "data" / f"{name}.tmp").mkdir(parents=True)
+        (cache_folder / "data" / f"{name}.tmp" / "tokens.bin").touch()
+        for path in (f"{name}.tmp/tokens.bin", f"{name}.tmp"):
+            os.utime(cache_folder / "data" / path, (time.time() - age,) * 2)
+    (cache_folder / "data" / "slow.tmp" / "tokens.bin").write_bytes(b"1")  # still written to
+    before = os.umask(0o022)
+    try:
+        load(write_rows(rows(2)), template)
+    finally:
+        os.umask(before)
+    assert {path.name for path in (cache_folder / "data").glob("*.tmp")} == {"new.tmp", "slow.tmp"}
+    (store,) = (cache_folder / "data").glob("sft-*")
+    assert store.stat().st_mode & 0o777 == 0o755
 
 
 def test_cache_folders(write_rows, template, tmp_path, cache_folder):
