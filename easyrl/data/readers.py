@@ -260,6 +260,8 @@ def _loads(text: bytes) -> Any:
         raise BadRow(f"broken JSON at {line}column {error.colno} ({error.msg})", "broken JSON") from None
     except RecursionError:
         raise BadRow("broken JSON (nested too deeply)", "broken JSON") from None
+    except ValueError:  # what else Python refuses to read
+        raise BadRow("broken JSON (a number of too many digits)", "broken JSON") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -270,6 +270,6 @@ def _jinja(name: str, tokenizer: Tokenizer, flag: str) -> str:
         expected = f"one of {', '.join(BODIES)}, tokenizer, or a file with a Jinja template"
         raise UserError(f"{flag}={name}: found no such template or file, expected {expected}")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a mark at its start, as Windows writes it, is no part of it
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag}={name}: the template cannot be read ({error})") from None

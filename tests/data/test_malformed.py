@@ -44,6 +44,7 @@ BAD_ROWS = {
         '{"prompt": "\\ud83d"}',
         "found half of a surrogate pair, expected whole characters",
     ),
+    "a number of 5000 digits": ("prompt", f'{{"prompt": "a", "n": {"7" * 5000}}}', "broken JSON (a number of too many"),
     "deep nesting": ("prompt", "[" * 100_000, "broken JSON (nested too deeply)"),
     # columns
     "no known column": (

@@ -147,6 +147,8 @@ def test_a_jinja_file_without_end_token_gets_one(tmp_path, tokenizer):
         == "user: Hi assistant: Hello user: Bye assistant: Ciao </s>"
     )
     assert found.completion.tolist().count(template.end_id) == 1
+    (tmp_path / "marked.jinja").write_text(path.read_text(), encoding="utf-8-sig")  # as editors on Windows write it
+    assert load_template(str(tmp_path / "marked.jinja"), tokenizer).jinja == template.jinja
 
 
 THINKING = (
