@@ -1,12 +1,13 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
-from easyrl.core.checkpoints import find_checkpoint, newest_step, read_facts
+from easyrl.core.checkpoints import find_checkpoint, is_remote, newest_step, read_facts
 from easyrl.core.config import flag_specs, flag_values
 from easyrl.core.errors import UserError
 from easyrl.runtime.run_config import RunConfig
@@ -61,12 +62,18 @@ def find_source(config: RunConfig, folder: epath.Path) -> Source | None:
         source, step = find_checkpoint(config.resume.removeprefix(KIND), "--resume")
         if own is None:
             return Source(source, step, read_facts(source, step), f"--resume={config.resume}")
-        if source == folder and step < own:
+        if _same_place(source, folder) and step < own:
             raise UserError(
                 f"--resume={config.resume}: the run has gone on to step {own} since; to go on from step {step}, give "
                 "another --output_dir"
             )
     return None if own is None else Source(folder, own, read_facts(folder, own), flag)
+
+
+def _same_place(one: epath.Path, other: epath.Path) -> bool:
+    if is_remote(one) or is_remote(other):
+        return one == other
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def check_same_run(config: RunConfig, script: str, data: str, source: Source) -> None:

@@ -51,9 +51,14 @@ def test_a_new_folder_goes_on_from_what_is_named(run, tmp_path):
     assert find_source(of(resume=f"easyrl::{run}/5"), new)[:2] == (run, 5)
 
 
-def test_going_back_within_a_run_would_lose_what_came_after(run):
+def test_going_back_within_a_run_would_lose_what_came_after(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"the run has gone on to step 10 since; .* another --output_dir"):
         find_source(of(resume=f"easyrl::{run}/5"), run)
+    (tmp_path / "link").symlink_to(run.parent)
+    monkeypatch.chdir(tmp_path)
+    for named in ("run/checkpoints/5", "./link/checkpoints/5"):  # the same place in other words
+        with pytest.raises(UserError, match="has gone on to step 10"):
+            find_source(of(resume=f"easyrl::{named}"), run)
 
 
 def test_wrong_values_are_named(run, tmp_path):
