@@ -12,11 +12,21 @@ import numpy as np
 Array = jax.Array
 
 
+def rounded(w: Array, dtype) -> Array:
+    """`w` in float32, with the digits that a copy of it in `dtype` would have.
+
+    Products with it are then those with the copy, and its gradient is added up in float32 and rounded once. A cast to
+    `dtype` and back will not do, because XLA may leave both out.
+    """
+    format = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(w.astype(jnp.float32), format.nexp, format.nmant)
+
+
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x / rms(x) * scale over the last axis; the statistics in float32 (Zhang and Sennrich 2019, eq. 4)."""
+    """x / rms(x) * scale over the last axis, in float32 throughout (Zhang and Sennrich 2019, eq. 4)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)
+    return (normed * rounded(scale, x.dtype)).astype(x.dtype)
 
 
 def layer_norm(x: Array, params: dict, eps: float) -> Array:
@@ -24,7 +34,7 @@ def layer_norm(x: Array, params: dict, eps: float) -> Array:
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
-    return (normed * params["scale"].astype(jnp.float32) + params["bias"].astype(jnp.float32)).astype(x.dtype)
+    return (normed * rounded(params["scale"], x.dtype) + rounded(params["bias"], x.dtype)).astype(x.dtype)
 
 
 # By transformers' names. gelu_new is the tanh approximation, which BLOOM computes too.
@@ -36,13 +46,28 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def lookup(table: Array, ids_BT: Array, dtype, shard: Callable, rows: str) -> Array:
     """The rows of `table` that `ids` name, [B, T, D] in `dtype`.
 
     `rows` is the logical axis of the table's rows. The table is split over fsdp by width and the batch by rows, so the
-    table's width is gathered first, as any other weight's.
+    table's width is gathered first, as any other weight's. Its gradient adds up in float32: a common token's is a sum
+    of thousands, which in bfloat16 stops growing at some 256 of equal size.
     """
     return jnp.take(shard(table.astype(dtype), rows, "width"), ids_BT, axis=0)
+
+
+def _lookup_backward(dtype, shard, rows: str, saved: tuple[Array, Array], of_out: Array) -> tuple[Array, np.ndarray]:
+    table, ids_BT = saved
+    take = lambda table: jnp.take(shard(table, rows, "width"), ids_BT, axis=0)
+    (of_table,) = jax.linear_transpose(take, jax.ShapeDtypeStruct(table.shape, jnp.float32))(of_out.astype(jnp.float32))
+    return of_table.astype(table.dtype), np.zeros(ids_BT.shape, jax.dtypes.float0)
+
+
+lookup.defvjp(
+    lambda table, ids_BT, dtype, shard, rows: (lookup(table, ids_BT, dtype, shard, rows), (table, ids_BT)),
+    _lookup_backward,
+)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

@@ -24,7 +24,9 @@ class RunConfig:
         "1,-1,1", "Sizes of the mesh axes dp,fsdp,mp; also dp:1,fsdp:-1,mp:1. -1: what is left, once.", may_change=True
     )
     dtype: str = flag("bf16", "Format of activations and of frozen models.", choices=tuple(DTYPES))
-    param_dtype: str = flag("fp32", "Format of the weights in training.", choices=tuple(DTYPES))
+    param_dtype: str = flag(
+        "fp32", "Format of the weights in training; bf16 ones are rounded at random.", choices=tuple(DTYPES)
+    )
     remat: str = flag(
         "none", "What the backward pass recomputes: nothing, all but matrix products, or whole layers.",
         choices=("none", "dots", "full"), may_change=True,

@@ -88,7 +88,7 @@ def put_rows(tree, some, places_SN: Array):
     def put(x: Array, new: Array) -> Array:
         if x.ndim == 0:
             return new
-        parts = (a.reshape(len(places_SN), -1, *a.shape[1:]) for a in (x, new))
-        return jax.vmap(lambda part, new, places: part.at[places].set(new))(*parts, places_SN).reshape(x.shape)
+        parts, rows = (a.reshape(len(places_SN), -1, *a.shape[1:]) for a in (x, new))
+        return jax.vmap(lambda part, rows, places: part.at[places].set(rows))(parts, rows, places_SN).reshape(x.shape)
 
     return jax.tree.map(put, tree, some)

@@ -1,5 +1,6 @@
 """Norms and rotary embeddings against their formulas, and the relations they must keep."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from easyrl.models.layers import (
     alibi_slopes,
     apply_rope,
     layer_norm,
+    lookup,
     rms_norm,
     rope_frequencies,
     rope_tables,
@@ -89,3 +91,26 @@ def test_llama3_scaling_leaves_short_waves_and_stretches_long_ones():
 def test_position_zero_is_not_rotated(scaling):
     x = rng.normal(size=(1, 8))
     np.testing.assert_allclose(rotate(x, [0], rope_frequencies(8, 500.0, scaling)), x, atol=1e-6)
+
+
+def test_a_common_token_gets_all_of_its_gradient_in_bfloat16():
+    ids = jnp.zeros((16, 512), jnp.int32)
+    total = lambda table: lookup(table, ids, jnp.bfloat16, lambda x, *axes: x, "vocab").astype(jnp.float32).sum()
+    np.testing.assert_array_equal(jax.jit(jax.grad(total))(jnp.ones((2, 3))), [[16 * 512] * 3, [0] * 3])
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_norms_in_bfloat16_take_the_digits_and_the_gradient_of_their_weights_from_float32(norm):
+    rng = np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((8192, 8), (2, 8)))
+    apply = lambda weights, x: (
+        rms_norm(x, weights[0], 1e-5)
+        if norm == "rms"
+        else layer_norm(x, {"scale": weights[0], "bias": weights[1]}, 1e-5)
+    )
+    x = jnp.abs(x).astype(jnp.bfloat16)
+    copies = jax.jit(apply)(weights.astype(jnp.bfloat16), x)
+    np.testing.assert_array_equal(jax.jit(apply)(weights, x).astype(jnp.float32), copies.astype(jnp.float32))
+    total = lambda weights, x: jnp.sum(apply(weights, x).astype(jnp.float32) * 1.25)
+    exact = jax.grad(total)(weights, x.astype(jnp.float32))
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(weights, x), exact, rtol=2**-8)  # rounded once
