@@ -341,7 +341,7 @@ def main(config: Config) -> None:
         return metrics
 
     # ------------------------------------------------------------ the loop
-    run_dir.save_config(config)
+    run_dir.begin(config, start=checkpoints.start)
     troubles, start = Troubles(), checkpoints.start
     trackers = start_trackers(config.logger, run_dir, config, start=start, troubles=troubles)
 
@@ -415,7 +415,7 @@ def main(config: Config) -> None:
                 guard.hook(),
                 saving,
                 troubles.tolerate(Hook(export_step, every=config.export_freq, needs_state=True), "hf-STEP"),
-                Hook(on_end=finish_run),
+                Hook(on_end=finish_run, close=run_dir.close),
             ],
             metrics=checkpoints.metrics,
         )

@@ -68,6 +68,7 @@ def test_a_run_learns_and_leaves_everything_it_promises(folder, flags, tmp_path)
     rows = metrics_of(tmp_path)
     assert {name for row in rows for name in row} - {"step"} == explained("sft.md")
     assert names == exports | {
+        ".lock",
         "best.json",
         "checkpoints",
         "config.yaml",

@@ -49,12 +49,15 @@ def check_writable(path: str, flag: str) -> None:
         raise UserError(f"{flag}={path}: cannot be written, expected a file in a folder that is yours")
 
 
-def set_aside(path: Path) -> None:
-    """Renames a file to the first free `NAME.1.SUFFIX`, `NAME.2.SUFFIX`, ..., to make room for another."""
+def set_aside(path: Path) -> Path:
+    """Renames a file or folder to the first free `NAME.1.SUFFIX`, `NAME.2.SUFFIX`, ..., to make room for another.
+
+    Returns the new path.
+    """
     number = 1
     while (free := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
-    path.rename(free)
+    return path.rename(free)
 
 
 def sync(path: Path) -> None:

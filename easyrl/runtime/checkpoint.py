@@ -8,7 +8,7 @@ The order in which a run is restored, each line needing those before it:
     4. the abstract state, with its shardings on the mesh of now; no weight is read     (the script)
     5. the arrays, straight into these shardings                                        (`Checkpoints.restore`)
     6. what parts of the run remember on the host                                       (`Checkpoints.hook`)
-    7. config.yaml; metrics.jsonl and samples.jsonl without the rows after the step     (`save_config`, trackers)
+    7. config.yaml; metrics.jsonl and samples.jsonl without the rows after the step     (`RunDir.begin`, trackers)
     8. the loop, from the next step: data, samples and shuffles are functions of seed and step
 
 Saving is a hook. It comes after the hooks that log, so that a checkpoint of step k is never there before the metrics of
@@ -207,7 +207,7 @@ class Checkpoints:
     def _set_aside(self) -> None:
         """A run that starts anew leaves the checkpoints of the earlier one under another name."""
         if is_first() and not is_remote(self.folder) and self.folder.exists():
-            set_aside(Path(self.folder))
+            say(f"checkpoints of an earlier run are in {set_aside(Path(self.folder))} now")
 
 
 def spare_steps(facts: Mapping[int, Mapping[str, Any]], keep: int, every: int) -> list[int]:

@@ -250,7 +250,7 @@ def train(
       memories: what they remember from step to step, by name.
       samples: rows for samples.jsonl, to which updates and evaluations append.
     """
-    run_dir.save_config(config)
+    run_dir.begin(config, start=checkpoints.start)
     troubles = Troubles()
     start = checkpoints.start
     trackers = start_trackers(config.logger, run_dir, config, start=start, troubles=troubles)
@@ -335,7 +335,7 @@ def train(
                 guard.hook(),
                 saving,
                 troubles.tolerate(Hook(export_step, every=config.export_freq, needs_state=True), "hf-STEP"),
-                Hook(on_end=finish),
+                Hook(on_end=finish, close=run_dir.close),
             ],
             metrics=checkpoints.metrics,
         )

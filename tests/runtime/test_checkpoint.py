@@ -130,10 +130,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(tmp_path):
     assert run.ended and float(run.state["x"]) == 6 and run.counter.value == 6
 
 
-def test_started_anew_what_was_there_gets_another_name(tmp_path):
+def test_started_anew_what_was_there_gets_another_name(tmp_path, capsys):
     Run(tmp_path, total=2)
     assert float(Run(tmp_path, total=3, resume="never").state["x"]) == 3
     assert steps_in(tmp_path) == [3] and (tmp_path / "checkpoints.1" / "2" / "run.json").exists()
+    assert capsys.readouterr().out == f"checkpoints of an earlier run are in {tmp_path / 'checkpoints.1'} now\n"
 
 
 @pytest.mark.parametrize("where", ["in the background", "at once"])

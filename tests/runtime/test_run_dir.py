@@ -1,4 +1,8 @@
+import datetime
+import errno
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +27,67 @@ def test_the_default_name_says_script_and_time(tmp_path, monkeypatch):
     assert run.path.is_dir()
 
 
+def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path, monkeypatch):
+    class Noon(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2030, 1, 2, 12)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datetime.datetime", Noon)
+    found = [make_run_dir("", "train_ppo").path.name for _ in range(3)]
+    assert found == [f"train_ppo-20300102-120000{end}" for end in ("", "-1", "-2")]
+
+
+HOLDING = """
+import sys
+from easyrl.runtime.run_dir import make_run_dir
+run = make_run_dir(sys.argv[1], "train_ppo")
+print(1, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_is_one_runs_until_it_ends_or_dies(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"1\n"
+    with pytest.raises(UserError) as caught:
+        make_run_dir(str(tmp_path), "train_ppo")
+    assert str(caught.value) == f"--output_dir={tmp_path}: another run is writing there"
+    holder.kill()
+    holder.wait()
+    first = make_run_dir(str(tmp_path), "train_ppo")
+    first.close()
+    assert make_run_dir(str(tmp_path), "train_ppo").lock is not None  # one after another in one process
+
+
+def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", unknown)
+    assert make_run_dir(str(tmp_path), "train_ppo").lock is None
+
+
+def test_a_new_run_leaves_an_earlier_ones_files_under_other_names(tmp_path, capsys):
+    run = make_run_dir(str(tmp_path), "train_ppo")
+    for name in ("hf", "hf_best", "hf-4", "hf-4.1", "rollouts"):
+        (tmp_path / name).mkdir()
+    for name in ("best.json", "report.html", "thesis.txt"):
+        (tmp_path / name).write_text("old")
+    before = {path.name for path in tmp_path.iterdir()}
+    run.begin(Config(), start=4)
+    assert {path.name for path in tmp_path.iterdir()} == before | {"config.yaml"} and not capsys.readouterr().out
+    run.begin(Config(), start=0)
+    kept = ["best.1.json", "hf.1", "hf-4.2", "hf_best.1", "report.1.html", "rollouts.1"]
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "hf-4.1", "thesis.txt", "config.yaml", ".lock"}
+    assert capsys.readouterr().out == f"files of an earlier run in {tmp_path} have other names now: {', '.join(kept)}\n"
+    run.begin(Config(), start=0)
+    assert not capsys.readouterr().out
+
+
 def test_the_config_written_repeats_the_run(tmp_path):
     config = Config(lr=0.1 + 0.2)
     run = make_run_dir(str(tmp_path / "a" / "b"), "train_ppo")
@@ -41,7 +106,7 @@ def test_the_config_of_an_earlier_run_is_kept_where_it_differs(tmp_path):
     run = make_run_dir(str(tmp_path), "train_ppo")
     for lr in (0.1, 0.1, 0.2, 0.3):
         run.save_config(Config(lr=lr))
-    kept = {path.name: load_config(Config, [f"--config={path}"]).lr for path in tmp_path.iterdir()}
+    kept = {path.name: load_config(Config, [f"--config={path}"]).lr for path in tmp_path.glob("*.yaml")}
     assert kept == {"config.1.yaml": 0.1, "config.2.yaml": 0.2, "config.yaml": 0.3}
 
 

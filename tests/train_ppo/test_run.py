@@ -29,6 +29,7 @@ def finished(run, materials):
 def test_everything_that_is_promised_is_there(finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
+        ".lock",
         "config.yaml",
         "checkpoints",
         "metrics.jsonl",
