@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -19,6 +20,7 @@ from easyrl.core.checkpoints import Writer
 from easyrl.core.config import flag, run
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import RunFailed, UserError
+from easyrl.core.files import check_folder
 from easyrl.core.sharding import make_mesh
 from easyrl.data.tokenizer import TOKENIZER_FILES, Tokenizer, check_vocabulary, load_tokenizer
 from easyrl.hf.export import check_replaceable, export_model
@@ -65,21 +67,29 @@ def main(config: Config) -> None:
     for name in ("load_checkpoint", "output_dir"):
         if not getattr(config, name):
             raise UserError(f"--{name}: found nothing, expected {'a model' if name != 'output_dir' else 'a folder'}")
+    # ------------------------------------------------------------ where to, before anything is read
+    named, folder = f"--output_dir={config.output_dir}", Path(config.output_dir).resolve()
+    config = dataclasses.replace(config, output_dir=str(folder))
+    place = folder / "checkpoints" if config.format == "easyrl" else folder
+    check_folder(place.parent, named)
+    check_replaceable(place)
+
     # ------------------------------------------------------------ what there is, and what it is to become
     mesh = make_mesh(config.mesh_dim)
     found = find_model(config.load_checkpoint, head=config.head or "lm")
     head, dtype = stored_as(found)
     head, dtype = config.head or head, DTYPES.get(config.dtype, dtype)
     tokenizer = find_tokenizer(config, found)
-    folder = Path(config.output_dir)
-    check_replaceable(folder / "checkpoints" if config.format == "easyrl" else folder)
 
     # ------------------------------------------------------------ read, write
     params = load_weights(found, mesh, head=head, dtype=dtype)
     tokens = random_tokens(found.cfg)
     ours = our_outputs(params, found.cfg, head, tokens) if config.verify else None
     write = write_transformers if config.format == "hf" else write_checkpoint
-    write(config, found, head, params, tokenizer)
+    try:
+        write(config, found, head, params, tokenizer)
+    except OSError as error:
+        raise UserError(f"{named}: cannot be written ({error.strerror or error})") from None
     del params
     print(f"{class_name(found.cfg, head)} in {np.dtype(dtype).name}: {folder}", flush=True)
 
@@ -123,7 +133,8 @@ def write_checkpoint(config: Config, found: FoundModel, head: str, params: dict,
     """A checkpoints folder with one step, 0."""
     fields, generation = kept_texts(found)
     folder = epath.Path(config.output_dir) / "checkpoints"
-    model = SavedModel(head, found.cfg, PLACE, tokenizer, generation, fields)
+    dtype = jax.tree.leaves(params)[0].dtype
+    model = SavedModel(head, found.cfg, PLACE, tokenizer, generation, fields, dtype)
     writer = Writer(folder, lambda facts: [], lambda: write_models(folder, [model]))
     try:
         write_models(folder, [model])

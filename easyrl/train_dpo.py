@@ -209,7 +209,7 @@ def main(config: Config) -> None:
             model_card=card(config, template, total, metrics),
         )  # fmt: skip
 
-    model = SavedModel("lm", start.cfg, "params", tokenizer, generation)
+    model = SavedModel("lm", start.cfg, "params", tokenizer, generation, dtype=dtype)
     if pairs is not None:
         train(
             config, run_dir, checkpoints, state, loader, held_out, pairs.place, pairs.step(update), pairs.loss_of,

@@ -383,8 +383,8 @@ def main(config: Config) -> None:
     saving = checkpoints.hook(
         {"moments": moments, "guard": guard},
         [
-            SavedModel("lm", policy.cfg, "policy/params", tokenizer, generation, held),
-            SavedModel("value", value.cfg, "value/params", tokenizer, fields=held),
+            SavedModel("lm", policy.cfg, "policy/params", tokenizer, generation, held, param_dtype),
+            SavedModel("value", value.cfg, "value/params", tokenizer, fields=held, dtype=param_dtype),
         ],
         troubles, total=total_steps, best_by="eval/reward_mean",
     )  # fmt: skip

@@ -127,7 +127,7 @@ def main(config: Config) -> None:
 
     train(
         config, run_dir, checkpoints, state, loader, held_out, place, update, loss_of, measure,
-        export, SavedModel("reward", start.cfg, "params", tokenizer, fields={"pad_token_id": pad_id}),
+        export, SavedModel("reward", start.cfg, "params", tokenizer, fields={"pad_token_id": pad_id}, dtype=dtype),
         total=total, method=METHOD, best_by="accuracy",
         bar={"loss": "loss", "accuracy": "accuracy", "eval": "eval/accuracy", "tok/s": "tokens_per_second"},
     )  # fmt: skip

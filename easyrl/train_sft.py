@@ -101,7 +101,7 @@ def main(config: Config) -> None:
 
     train(
         config, run_dir, checkpoints, state, loader, held_out, partial(place, loader=loader), update, loss_of, measure,
-        export, SavedModel("lm", start.cfg, "params", tokenizer, generation),
+        export, SavedModel("lm", start.cfg, "params", tokenizer, generation, dtype=dtype),
         total=total, method=METHOD, bar={"loss": "loss", "perplexity": "eval/perplexity", "tok/s": "tokens_per_second"},
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """convert: every family and head, both formats and back, what --verify sees, and what is wrong."""
 
 import json
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from easyrl import convert
 from easyrl.core.errors import RunFailed, UserError
 from easyrl.core.sharding import make_mesh
+from easyrl.data.tokenizer import load_tokenizer
 from easyrl.hf.export import export_model
 from easyrl.hf.refs import load_model
 from easyrl.hf.safetensors_io import WEIGHTS
@@ -29,10 +31,12 @@ def model(tmp_path):
 
     def write(family="llama", head="lm", dtype=None, **changes):
         cfg = CONFIGS[family](**{**SMALL, **changes})
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
         generation = {"temperature": 0.5, "eos_token_id": [0, 3]}
         return export_model(
             tmp_path / "source", cfg, draw_params(cfg, head, 0.2), head,
-            tokenizer=make_tokenizer(), dtype=dtype, generation_config=generation if head == "lm" else None,
+            tokenizer=tokenizer, dtype=dtype, generation_config=generation if head == "lm" else None,
             config_fields={"pad_token_id": 5, "reward_std": 2.5} if head == "reward" else None,
         )  # fmt: skip
 
@@ -69,9 +73,15 @@ def test_there_and_back(model, tmp_path, capsys, family, head):
 def test_the_format_is_kept_or_named(model, tmp_path):
     source = model(dtype="bfloat16")
     run(f"hf::{source}", tmp_path / "same")
+    run(f"hf::{source}", tmp_path / "run", format="easyrl")
+    run(f"easyrl::{tmp_path / 'run'}", tmp_path / "back")
     run(f"hf::{source}", tmp_path / "wide", dtype="fp32")
-    names = [{x.dtype.name for x in load_file(tmp_path / name / WEIGHTS).values()} for name in ("same", "wide")]
-    assert names == [{"bfloat16"}, {"float32"}]
+    folders = [tmp_path / name for name in ("same", "back", "wide")]
+    names = [{x.dtype.name for x in load_file(folder / WEIGHTS).values()} for folder in folders]
+    assert names == [{"bfloat16"}, {"bfloat16"}, {"float32"}]
+    texts = [json.loads((folder / "config.json").read_text())["torch_dtype"] for folder in folders]
+    assert texts == ["bfloat16", "bfloat16", "float32"]
+    assert load_tokenizer(str(tmp_path / "back")).chat_template.keys() == {"default", "tool_use"}
 
 
 def test_a_reward_model_becomes_a_value_model(model, tmp_path):
@@ -131,6 +141,35 @@ def test_what_is_wrong_is_one_line(model, tmp_path, flags, message):
                "target": flags.pop("output_dir", tmp_path / "out"), **flags})  # fmt: skip
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["hf", "easyrl"])
+@pytest.mark.parametrize("place", ["/dev/null/x", "/dev/null/x/y", "/proc/xx"])
+def test_a_place_that_cannot_be_written_is_known_before_anything_is_read(monkeypatch, format, place):
+    monkeypatch.setattr(convert, "find_model", None)
+    with pytest.raises(UserError, match=rf"^--output_dir={place}: cannot be written \("):
+        run("hf::nowhere", place, format=format)
+
+
+def test_a_link_and_the_working_folder_are_places(model, tmp_path, monkeypatch):
+    """What a link names is replaced, also a second time, and the link stays."""
+    source = model()
+    (tmp_path / "large" / "disk").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "large" / "disk")
+    for _ in range(2):
+        run(f"hf::{source}", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "large" / "disk" / WEIGHTS).exists()
+    assert [path.name for path in (tmp_path / "large").iterdir()] == ["disk"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^--output_dir: .*: holds files that are not an earlier export"):
+        run(f"hf::{source}", ".")
+
+
+def test_a_disk_that_fails_is_one_line(model, tmp_path, monkeypatch):
+    source = model()
+    monkeypatch.setattr("easyrl.hf.export.write_checkpoint", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"^--output_dir=.*out: cannot be written \(No space left on device\)"):
+        run(f"hf::{source}", tmp_path / "out")
 
 
 @pytest.mark.parametrize("format", ["hf", "easyrl"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,13 +41,20 @@ def cache_folder(named: str = "", flag: str = "") -> Path:
 
 def check_writable(path: str, flag: str) -> None:
     """Raises UserError naming `flag`, before hours of work, when a file could not be written to `path`."""
-    folder = Path(path).expanduser().parent
+    file = Path(path).expanduser()
+    check_folder(file.parent, f"{flag}={path}")
+    if file.is_dir():
+        raise UserError(f"{flag}={path}: cannot be written, expected a file, found a folder")
+
+
+def check_folder(folder: Path, named: str) -> None:
+    """Makes a folder if need be. Raises UserError that begins with `named` when nothing could be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone say nothing to root, nor of /proc
+            pass
     except OSError as error:
-        raise UserError(f"{flag}={path}: cannot be written ({error.strerror})") from None
-    if not os.access(folder, os.W_OK) or Path(path).expanduser().is_dir():
-        raise UserError(f"{flag}={path}: cannot be written, expected a file in a folder that is yours")
+        raise UserError(f"{named}: cannot be written ({error.strerror})") from None
 
 
 def set_aside(path: Path) -> Path:

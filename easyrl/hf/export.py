@@ -55,7 +55,7 @@ def export_model(
     Every process calls this, process 0 writes; the folder is complete when it returns. Raises UserError, before
     anything is written, when the folder already holds something that is not an earlier export.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()  # a link stays, and what it names is replaced
     check_replaceable(directory)
     plan = _plan(cfg, params, head, dtype)
     shards = plan_shards([info for info, *_ in plan], max_shard_bytes)
@@ -190,17 +190,18 @@ def check_replaceable(directory: Path) -> None:
 
 def _check_replaceable(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory}: is a file, expected a new folder to export to")
+        raise UserError(f"--output_dir: {directory}: is a file, expected a new folder to export to")
     if not directory.exists() or not any(directory.iterdir()):
         return
     config = directory / "config.json"
     if not config.exists() or MARK not in read_json(config):
-        raise UserError(f"{directory}: holds files that are not an earlier export, expected a new or empty folder")
+        found = "holds files that are not an earlier export"
+        raise UserError(f"--output_dir: {directory}: {found}, expected a new or empty folder")
 
 
 def _replace(directory: Path, finished: Path) -> None:
     """Give `finished` the name `directory`; an earlier export steps aside first and is then removed."""
-    for path in finished.iterdir():
+    for path in finished.rglob("*"):
         sync(path)
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)

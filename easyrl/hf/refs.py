@@ -43,6 +43,7 @@ HUB_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*",
     "vocab.*",
     "merges.txt",
 )
@@ -189,7 +190,8 @@ def stored_as(found: FoundModel) -> tuple[str, str]:
     Of several formats the widest. Raises UserError naming the model's flag and the file at fault.
     """
     if found.saved is not None:
-        return found.saved.head, "float32"
+        assert found.directory is not None
+        return found.saved.head, read_json(found.directory / "config.json").get("torch_dtype", "float32")
     if found.easylm is None and found.directory is None:
         return "lm", "float32"
     with _naming(found.flag):

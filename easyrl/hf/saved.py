@@ -34,7 +34,8 @@ TAKEN_FROM = {"lm": ("lm",), "reward": ("reward", "lm"), "value": ("value", "rew
 class SavedModel(NamedTuple):
     """A model that a run's checkpoints hold: its parameters are at `place` in the state, as in `policy/params`.
 
-    `tokenizer`, `generation` and `fields` of config.json are those that it is exported with.
+    `tokenizer`, `generation` and `fields` of config.json are those that it is exported with; `dtype` is that of the
+    parameters.
     """
 
     head: str
@@ -43,6 +44,7 @@ class SavedModel(NamedTuple):
     tokenizer: Any
     generation: Mapping[str, Any] = {}
     fields: Mapping[str, Any] = {}
+    dtype: Any = np.float32
 
 
 class SavedWeights(NamedTuple):
@@ -58,10 +60,9 @@ def write_models(folder: epath.Path, models: Sequence[SavedModel]) -> None:
     """Writes what there is to know of models besides their weights into a run's checkpoints folder."""
     for model in models:
         target = folder / MODELS / model.head
-        target.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory() as beside:
             fields = {**model.fields, PLACE: model.place}
-            dtype = np.dtype(np.float32)
+            dtype = np.dtype(model.dtype)
             write_config(Path(beside), model.cfg, model.head, dtype, model.tokenizer, model.generation, fields)
             _copy(epath.Path(beside), target)
 
@@ -133,15 +134,17 @@ def _local(folder: epath.Path) -> Path:
     if not is_remote(folder):
         return Path(folder)
     local = cache_folder() / MODELS / hashlib.sha256(str(folder).encode()).hexdigest()[:32]
-    local.mkdir(parents=True, exist_ok=True)
     _copy(folder, epath.Path(local))
     return local
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
-    """The files of one folder into another, each whole or absent."""
+    """The files of one folder, and of those in it, into another; each whole or absent."""
+    target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        if is_remote(target):
+        if path.is_dir():
+            _copy(path, target / path.name)
+        elif is_remote(target):
             (target / path.name).write_bytes(path.read_bytes())
         else:
             with write_atomic(Path(target) / path.name) as part:

@@ -167,7 +167,7 @@ class TestFolder:
     def test_what_is_not_ours_is_not_touched(self, make, tmp_path):
         cfg, params = make()
         (tmp_path / "thesis.tex").write_text("chapter 1")
-        with pytest.raises(UserError, match="holds files that are not an earlier export"):
+        with pytest.raises(UserError, match=r"^--output_dir: .* holds files that are not an earlier export"):
             export_model(tmp_path, cfg, params)
         with pytest.raises(UserError, match="is a file"):
             export_model(tmp_path / "thesis.tex", cfg, params)

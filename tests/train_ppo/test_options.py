@@ -149,6 +149,8 @@ def test_rewards_are_normalised_with_all_scores_so_far(run):
 def test_bfloat16_passes_the_self_check_and_learns(run, materials):
     result = run(dtype="bf16", param_dtype="bf16", optimizer__bf16_momentum=True)
     assert {str(weight.dtype) for weight in result.weights().values()} == {"bfloat16"}
+    saved = (result.path / "checkpoints" / "models" / "value" / "config.json").read_text()
+    assert json.loads(saved)["torch_dtype"] == "bfloat16"  # what convert then writes
     assert result.metrics[0]["ppo/policy/ratios_mean"] == pytest.approx(1, abs=0.2)
     assert result.metrics[1]["objective/kl"] != 0
     assert all(np.isfinite(value) for metrics in result.metrics for value in metrics.values())
