@@ -24,6 +24,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import shutil
 import sys
 import textwrap
@@ -133,8 +134,11 @@ def flag_specs(config_class: type) -> list[FlagSpec]:
 
 
 def parse_value(spec: FlagSpec, text: str) -> Any:
-    """The value of a flag from its text. Raises ValueError that says what was expected."""
-    value: Any = text
+    """The value of a flag from its text. Raises ValueError that says what was expected.
+
+    A leading ~ is the home folder: shells leave it alone behind `--flag=`, and YAML files see no shell.
+    """
+    value: Any = os.path.expanduser(text) if spec.type is str else text
     try:
         if spec.type is bool:
             value = BOOLS[text.strip().lower()]

@@ -225,6 +225,13 @@ def test_a_bad_yaml_file_is_one_line_with_file_and_row(write, text, message):
     assert error_of(argument).startswith(argument + message)
 
 
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("name: ~/name\n")
+    config = load_config(Config, ["--config=~/c.yaml", "--output_dir=~/out"])
+    assert (config.name, config.output_dir) == (f"{tmp_path}/name", f"{tmp_path}/out")
+
+
 def test_a_missing_yaml_file_is_named(tmp_path):
     assert error_of(f"--config={tmp_path}/no.yaml") == f"--config={tmp_path}/no.yaml: No such file or directory"
     assert error_of(f"--config={tmp_path}") == f"--config={tmp_path}: Is a directory"
