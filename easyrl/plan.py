@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from easyrl import assets
 from easyrl.core.config import flag, load_config, run
 from easyrl.core.errors import UserError
-from easyrl.core.files import write_atomic
+from easyrl.core.files import check_writable, write_atomic
 from easyrl.core.sharding import make_mesh
 from easyrl.planning.measure import measure
 from easyrl.planning.memory import device_bytes
@@ -89,6 +89,8 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(request: Request) -> None:
     config, script = request.config, request.script
+    if config.json:
+        check_writable(config.json, "--json")
     topology = parse_topology(config.topology)
     jax.config.update("jax_platforms", "cpu")  # whatever devices there are here are of no use to a plan
     devices = find_devices(topology)

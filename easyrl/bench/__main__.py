@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from easyrl.core.config import run
+from easyrl.core.config import run, tell
 from easyrl.core.errors import UserError
 
 KINDS = {
@@ -13,6 +13,7 @@ KINDS = {
     "rm": "an optimizer step of a reward model",
     "sft": "an optimizer step of supervised fine-tuning",
     "load": "reading weights from a safetensors file",
+    "saving": "what saving checkpoints costs a training loop",
     "limits": "what the machine can do",
 }
 
@@ -26,7 +27,7 @@ def main() -> None:
         return
     if kind not in KINDS:
         error = UserError(f"unknown benchmark {kind!r}, expected one of {', '.join(KINDS)}")
-        raise SystemExit(f"easyrl: error: {error}")
+        raise SystemExit(tell(error))
     del sys.argv[1]
     module = importlib.import_module(f"easyrl.bench.{kind}")
     run(module.main, module.Config)

@@ -5,6 +5,7 @@ import dataclasses
 from easyrl.bench.shapes import shape
 from easyrl.core.config import flag
 from easyrl.core.dtypes import DTYPES
+from easyrl.core.files import check_writable
 from easyrl.models.llama import LlamaConfig
 
 
@@ -14,6 +15,10 @@ class BenchConfig:
 
     dtype: str = flag("fp32", "Format of activations and of frozen models.", choices=tuple(DTYPES))
     json: str = flag("", "File for the figures. Empty: the table on the screen only.")
+
+    def __post_init__(self) -> None:
+        if self.json:
+            check_writable(self.json, "--json")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,12 +54,15 @@ class HostBatches:
     def __init__(self, config: OfflineBenchConfig, cfg: LlamaConfig, mesh: Mesh, per_sample: int):
         self._size, self._per_sample = config.batch_size, per_sample
         self._sequences = _sequences(config, cfg.vocab_size, per_sample)
+        self.number = len(self._sequences) // config.batch_size
+        if not self.number:
+            found = f"--workload={config.workload} has {len(self._sequences)} samples"
+            raise UserError(f"--batch_size={config.batch_size}: {found}, expected at most as many")
         self._width = max(len(tokens) for sample in self._sequences for tokens, _ in sample)
         if config.row_length and config.row_length < self._width:
             raise UserError(f"--row_length={config.row_length}: expected at least {self._width}, the longest sequence")
         longest, sequences = config.row_length or rounded_up(self._width), per_sample * config.batch_size
         self._shapes = find_shapes(config, mesh, longest, together=per_sample, sequences=sequences)
-        self.number = len(self._sequences) // config.batch_size
 
     def __getitem__(self, number: int) -> HostBatch:
         start = number % self.number * self._size
