@@ -8,7 +8,8 @@ from typing import Any
 from easyrl.core.errors import UserError
 from easyrl.core.text import is_file_name, is_hub_id
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+READ = ("tokenizer.json", "vocab.json", "vocab.txt")  # any of these has the tokens themselves
+TOKENIZER_FILES = (*READ, "tokenizer.model", "tokenizer_config.json")
 
 Tokenizer = Any  # a transformers PreTrainedTokenizerBase, which cannot be named without importing transformers
 
@@ -27,7 +28,11 @@ def load_tokenizer(ref: str, flag: str = "--tokenizer") -> Tokenizer:
     if not ref:
         raise UserError(f"{flag}: found nothing, expected a folder with a tokenizer or a hub id")
     if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
-        raise UserError(f"{flag}={ref}: found no tokenizer in this folder, expected tokenizer.json or tokenizer.model")
+        raise UserError(f"{flag}={ref}: found no tokenizer in this folder, expected tokenizer.json")
+    if (path / "tokenizer.model").is_file() and not any((path / name).is_file() for name in READ):
+        # transformers 5 reads Llama 2's, where sentencepiece is installed, and gives other ids than sentencepiece does.
+        expected = "expected tokenizer.json, which save_pretrained of transformers 4's AutoTokenizer makes of it"
+        raise UserError(f"{flag}={ref}: found tokenizer.model alone, {expected}")
     if path.is_file() or (not path.is_dir() and not (is_hub_id(ref) and "/" in ref)):
         found = "a file" if path.is_file() else "nothing there"
         raise UserError(f"{flag}={ref}: found {found}, expected a folder with a tokenizer or a hub id (owner/name)")

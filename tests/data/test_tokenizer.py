@@ -58,7 +58,10 @@ def test_where_there_is_none(tmp_path):
         complaint("/no/such")
         == "--tok=/no/such: found nothing there, expected a folder with a tokenizer or a hub id (owner/name)"
     )
-    assert complaint(tmp_path).endswith("found no tokenizer in this folder, expected tokenizer.json or tokenizer.model")
+    assert complaint(tmp_path).endswith("found no tokenizer in this folder, expected tokenizer.json")
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert "found tokenizer.model alone, expected tokenizer.json" in complaint(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     assert "no tokenizer can be loaded" in complaint(tmp_path)
     assert "found a file, expected a folder" in complaint(tmp_path / "tokenizer.json")

@@ -180,7 +180,7 @@ MODELS = {
 TEXT = {
     "no tokenizer": (
         lambda b: {"load_checkpoint_policy": b.model(lambda folder: [path.unlink() for path in folder.glob("token*")])},
-        "found no tokenizer in this folder, expected tokenizer.json or tokenizer.model",
+        "found no tokenizer in this folder, expected tokenizer.json",
     ),
     "a broken tokenizer": (
         lambda b: {"load_checkpoint_policy": b.model(lambda folder: (folder / "tokenizer.json").write_text("{"))},
