@@ -27,6 +27,7 @@ from easyrl.core.sharding import make_mesh
 from easyrl.data.dataset import PackedDatasetConfig, load_dataset
 from easyrl.data.generations import Generation, read_generations, side_by_side
 from easyrl.data.messages import BadRow
+from easyrl.data.sequences import cut_left
 from easyrl.data.templates import Template, load_template
 from easyrl.data.tokenizer import check_vocabulary, load_tokenizer
 from easyrl.hf.refs import find_model, load_weights
@@ -188,7 +189,9 @@ def judge(
 
 
 def score_both(config: Config, pairs: list[tuple[Generation, Generation]]) -> tuple[np.ndarray, dict[str, Any]]:
-    """(points, facts) by the reward model. A conversation that is too long loses its beginning."""
+    """(points, facts) by the reward model. A conversation that is too long loses its beginning, all but a
+    beginning-of-text token.
+    """
     score, template, max_length = load_scorer(config)
     try:
         sequences = [
@@ -197,7 +200,8 @@ def score_both(config: Config, pairs: list[tuple[Generation, Generation]]) -> tu
     except BadRow as error:
         raise UserError(f"--template={config.template}: {error}") from None
     cut = np.mean([len(sequence) > max_length for sequence in sequences])
-    ours, theirs = score([sequence[-max_length:] for sequence in sequences]).reshape(-1, 2).astype(np.float64).T
+    kept = [cut_left(sequence, max_length, template.bos_id) for sequence in sequences]
+    ours, theirs = score(kept).reshape(-1, 2).astype(np.float64).T
     means = {"generations": float(ours.mean()), "baseline": float(theirs.mean())}
     return 0.5 + 0.5 * np.sign(ours - theirs), {"reward_mean": means, "cut": float(cut)}
 

@@ -1,5 +1,6 @@
 """evaluate on files of answers: win rates by a reward model and by a judge, the table, the JSON, and what is wrong."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -11,6 +12,7 @@ import pytest
 from easyrl import evaluate
 from easyrl.core.errors import UserError
 from easyrl.core.sharding import make_mesh
+from easyrl.data.templates import load_template
 from easyrl.hf.refs import load_model
 from easyrl.models.heads import scalar
 from easyrl.models.trunk import trunk
@@ -107,6 +109,19 @@ def test_win_rate_by_a_reward_model(flags, folder, capsys):
     assert results["reward_mean"]["generations"] == pytest.approx(ours.mean(), abs=1e-5)
     assert results["reward_mean"]["baseline"] == pytest.approx(theirs.mean(), abs=1e-5)
     assert results["cut"] == pytest.approx(1 / 10)
+
+
+def test_a_long_conversation_keeps_the_token_that_begins_a_text(flags, monkeypatch):
+    tokenizer, seen = make_tokenizer(), []
+    template = dataclasses.replace(load_template("none", tokenizer), bos_id=tokenizer.convert_tokens_to_ids("o"))
+
+    def score(sequences):
+        seen.extend(tokenizer.decode(sequence) for sequence in sequences)
+        return np.zeros(len(sequences))
+
+    monkeypatch.setattr(evaluate, "load_scorer", lambda config: (score, template, 16))
+    run_script(evaluate, flags["model"])
+    assert "odogbarks a lot</s>" in seen
 
 
 @pytest.mark.parametrize(

@@ -108,13 +108,13 @@ class Encoder:
         prompt_cut = len(tokens) > self.limits.seq_length
         if prompt_cut and self.limits.remove_truncated:
             return Sample(())
-        tokens = self._cut_left(tokens, self.limits.seq_length)
+        tokens = cut_left(tokens, self.limits.seq_length, self.template.bos_id)
         sequence = TokenSequence(tokens, np.zeros(len(tokens), bool), len(tokens))
         columns = {"messages": as_dicts(example.messages), "columns": example.columns}
         return Sample((sequence,), columns=_json(columns), prompt_cut=prompt_cut)
 
     def _join(self, encoded: Answered, prompt_length: int, completion_length: int) -> TokenSequence:
-        prompt = self._cut_left(encoded.prompt, prompt_length)
+        prompt = cut_left(encoded.prompt, prompt_length, self.template.bos_id)
         is_answer = encoded.is_answer[:completion_length]
         # What a cut leaves of a later prompt, without an answer behind it, teaches nothing.
         completion_length = int(np.flatnonzero(is_answer)[-1]) + 1
@@ -122,13 +122,14 @@ class Encoder:
         marks = np.concatenate([np.zeros(len(prompt), bool), is_answer[:completion_length]])
         return TokenSequence(tokens, marks, len(prompt))
 
-    def _cut_left(self, prompt: np.ndarray, length: int) -> np.ndarray:
-        """The last `length` ids of a prompt, but still beginning with the beginning-of-text token if it did."""
-        if len(prompt) <= length:
-            return prompt
-        if prompt[0] == self.template.bos_id:
-            return np.concatenate([prompt[:1], prompt[len(prompt) - length + 1 :]])
-        return prompt[len(prompt) - length :]
+
+def cut_left(tokens: np.ndarray, length: int, bos_id: int | None) -> np.ndarray:
+    """The last `length` (1 or more) of `tokens`, but still beginning with the beginning-of-text token if they did."""
+    if len(tokens) <= length:
+        return tokens
+    if tokens[0] == bos_id:
+        return np.concatenate([tokens[:1], tokens[len(tokens) - length + 1 :]])
+    return tokens[len(tokens) - length :]
 
 
 def _last(encoded: Answered, length: int) -> Answered:

@@ -12,6 +12,7 @@ import numpy as np
 from easyrl.core.distributed import from_first
 from easyrl.core.errors import UserError
 from easyrl.data.messages import BadRow, Message, Messages, as_dicts
+from easyrl.data.sequences import cut_left
 from easyrl.data.templates import Template
 from easyrl.data.tokenizer import encode
 
@@ -60,8 +61,9 @@ def retokenized_source(name: str, template: Template, max_length: int, score_tok
 
     The conversation and the response's text are rendered with `template` and encoded anew. The template's end token
     follows a response that ended, and no other: a model with the policy's tokenizer would see the same. A conversation
-    that has become longer than `max_length` tokens loses its beginning, as the score is read at its end; the share of
-    those is the metric `env/reward/<name>_cut`. Raises UserError when the template refuses a conversation.
+    that has become longer than `max_length` tokens loses its beginning, all but a beginning-of-text token, as the score
+    is read at its end; the share of those is the metric `env/reward/<name>_cut`. Raises UserError when the template
+    refuses a conversation.
     """
 
     def score(batch: RewardBatch) -> tuple[np.ndarray, dict[str, float]]:
@@ -74,7 +76,7 @@ def retokenized_source(name: str, template: Template, max_length: int, score_tok
             except BadRow as error:
                 raise UserError(f"reward model {name}: response {row} of the batch: {error}") from error
         cut = sum(len(sequence) > max_length for sequence in sequences) / len(sequences)
-        scores = score_tokens([sequence[-max_length:] for sequence in sequences])
+        scores = score_tokens([cut_left(sequence, max_length, template.bos_id) for sequence in sequences])
         return _checked(scores, len(batch), f"reward model {name}"), {f"env/reward/{name}_cut": cut}
 
     return Source(name, score)

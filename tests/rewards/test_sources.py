@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import numpy as np
@@ -79,16 +80,20 @@ def test_a_reencoded_answer_is_what_the_model_was_trained_on(tokenizer):
         assert scored.tolist() == [*trained.prompt, *trained.completion]
 
 
-def test_a_reencoded_conversation_that_is_too_long_keeps_its_end(tokenizer, batch_of):
+@pytest.mark.parametrize(("bos", "kept"), [(None, "g answer"), ("a", "a answer")])
+def test_a_reencoded_conversation_that_is_too_long_keeps_its_end(tokenizer, batch_of, bos, kept):
     seen = []
+    template = dataclasses.replace(
+        load_template("none", tokenizer), bos_id=bos and tokenizer.convert_tokens_to_ids(bos)
+    )
 
     def score(sequences):
         seen.extend(sequences)
         return sums(sequences)
 
-    source = retokenized_source("other", load_template("none", tokenizer), 8, score)
+    source = retokenized_source("other", template, 8, score)
     scores, metrics = source.score(batch_of("x", "long answer", ended=[True, False]))
-    assert ["".join(tokenizer.convert_ids_to_tokens(ids)) for ids in seen] == ["ask 0x</s>", "g answer"]
+    assert ["".join(tokenizer.convert_ids_to_tokens(ids)) for ids in seen] == ["ask 0x</s>", kept]
     np.testing.assert_array_equal(scores, sums(seen))
     assert metrics == {"env/reward/other_cut": 0.5}
 
