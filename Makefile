@@ -17,12 +17,13 @@ setup: $(READY) ## make .venv and install easyrl with its development tools
 
 $(READY): pyproject.toml
 	@python=; for name in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
-		if $$name -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
+		if $$name -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
 		then python=$$name; break; fi; \
 	done; \
-	if [ -z "$$python" ]; then echo "easyrl needs Python 3.11, 3.12 or 3.13: make PYTHON=/path/to/python" >&2; exit 1; fi; \
+	if [ -z "$$python" ]; then echo "easyrl needs Python 3.11, 3.12 or 3.13 that can make environments (Debian: apt install python3-venv):" \
+		"make PYTHON=/path/to/python" >&2; exit 1; fi; \
 	echo "Setting up $(VENV) with $$python, once: this takes a few minutes."; \
-	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $$python -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
@@ -46,7 +47,7 @@ torture: $(READY) ## kill runs of every trainer at random moments and compare wh
 # TRL has an environment of its own, so that its versions and ours are free of each other.
 $(PARITY_VENV)/ready: $(READY)
 	@echo "Setting up $(PARITY_VENV), once: PyTorch and TRL take a few minutes."
-	[ -x $(PARITY_VENV)/bin/python ] || $(BIN)/python -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv $(PARITY_VENV)
 	$(PARITY_VENV)/bin/python -m pip install --quiet trl==1.16.0 torch==2.13.0 transformers==5.23.0 datasets accelerate
 	@touch $@
 
