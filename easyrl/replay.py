@@ -62,6 +62,10 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if not config.recording:
+        raise UserError(
+            "found no FILE, expected the rollouts/step-<n>.safetensors or batches/step-<n>.safetensors of a run"
+        )
     arrays, facts = load_recording(config.recording)
     mesh = make_mesh(config.mesh_dim or facts["config"]["mesh_dim"])
     kind, target = parse_ref(config.load_checkpoint)

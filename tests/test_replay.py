@@ -48,6 +48,8 @@ def test_other_weights_give_other_numbers_and_exit_status_1(recorded, capsys):
 
 def test_what_cannot_be_replayed_is_one_line(recorded, tmp_path):
     recording = recorded / "rollouts" / "step-2.safetensors"
+    with pytest.raises(UserError, match=r"^found no FILE, expected the rollouts/"):
+        replay.main(load_config(replay.Config, []))
     with pytest.raises(UserError, match="found no whole checkpoint"):
         start(recording, tmp_path)
     with pytest.raises(UserError, match=r"--load_checkpoint=hf::x: expected easyrl::DIR"):

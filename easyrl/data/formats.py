@@ -3,10 +3,11 @@
 A row maps column names to values, as a JSON line or a parquet row gives it; a null counts as an absent column. What
 comes out depends on the `kind` a trainer asks for:
 
-    sft       Demonstration  `messages` | `prompt` + `completion` | `instruction` + `output` | `text` | a pair's
-    `chosen` pair      Pair           `chosen` + `rejected`, with `prompt` where they hold the answers alone; optional
-    `margin` labelled  Labelled       `label` with `messages` | `prompt` + `completion` | `text`; a pair gives one of
-    each label prompt    Prompt         `messages` | `turns` | `instruction` | `prompt` | the common start of a pair
+    sft       Demonstration  `messages` | `prompt` + `completion` | `instruction` + `output` | `text` | `chosen` of a
+                             pair
+    pair      Pair           `chosen` + `rejected`, with `prompt` where they hold the answers alone; optional `margin`
+    labelled  Labelled       `label` with `messages` | `prompt` + `completion` | `text`; a pair gives one of each label
+    prompt    Prompt         `messages` | `turns` | `instruction` | `prompt` | the common start of a pair
 
 `conversations` (ShareGPT) is another name for `messages`, `input` (Alpaca) continues `instruction`, and `system` goes
 before messages that have no system message. Columns that say different things about the same text are refused.
