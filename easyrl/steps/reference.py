@@ -32,7 +32,7 @@ from easyrl.steps.packed import Plans
 Array = jax.Array
 Logprobs = Callable[[Array, Array, Plans], Array]  # (tokens, mask, plan) -> float32 [B]
 
-VERSION = 1  # of the files and of what a log-prob means: a change of either makes earlier files useless
+VERSION = 2  # of the files, of what a log-prob means and of mismatches: a change of any makes earlier files useless
 SECONDS_BETWEEN_LINES = 30.0  # of the progress bar in a log file
 PART = 1024  # samples in a file, about: what a kill may cost
 

@@ -5,7 +5,7 @@ import pytest
 
 from easyrl.data.dataset import PackedDatasetConfig, load_dataset
 from easyrl.data.loader import Loader
-from easyrl.data.mismatched import Mismatched, mismatched_loader
+from easyrl.data.mismatched import Mismatched, find_distance, mismatched_loader
 from easyrl.data.templates import load_template
 
 
@@ -35,6 +35,45 @@ def test_every_answer_follows_the_prompt_half_a_file_away(load):
         assert tokenizer.decode(sequence.tokens[sequence.is_answer]) == said
         assert not sequence.is_answer[: sequence.prompt_length].any()
         assert mismatched.lengths[i] == len(sequence.tokens)
+
+
+def test_a_file_of_all_good_rows_and_then_all_bad_ones_to_the_same_prompts(load, capsys):
+    # The first good answer is so long that its prompt is cut, before the bad one it is not.
+    asked = ["x" * 30 + f" ask {i}" for i in range(4)]
+    dataset, _, _ = load([*asked, *asked], ["good" * 4, *["good"] * 3, *["bad"] * 4])
+    own = [dataset.sequences(i)[0] for i in range(8)]
+    assert own[0].prompt_length < own[4].prompt_length
+    answers = [sequence.tokens[sequence.is_answer].tolist() for sequence in own]
+    mismatched = Mismatched(dataset, 64)
+    for i in range(8):
+        (sequence,) = mismatched.sequences(i)
+        assert sequence.tokens[sequence.is_answer].tolist() == answers[(i + 5) % 8]
+        assert mismatched.lengths[i] == len(sequence.tokens)
+    assert "no answer to another prompt" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("prompts", "distance", "equal"),
+    [
+        ("a", 0, 1),
+        ("ab", 1, 0),
+        ("aabbccdd", 4, 0),
+        ("abcdabcd", 5, 0),
+        ("aabbaabb", 6, 0),
+        ("aabaac", 4, 2),  # a is the prompt of most rows
+        ("aaaa", 2, 4),
+    ],
+)
+def test_rows_are_paired_half_a_file_apart_or_where_fewest_prompts_are_equal(prompts, distance, equal):
+    assert find_distance(np.array(list(prompts))) == (distance, equal)
+
+
+def test_it_is_said_how_many_rows_have_no_other_prompt(load, capsys):
+    dataset, _, _ = load(["same"] * 3, ["one", "two", "three"])
+    Mismatched(dataset, 64)
+    assert "3 of 3 rows have no answer to another prompt: KTO's z0 takes theirs to the same one" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_prompt_too_long_for_the_answer_loses_its_start(load):
