@@ -125,6 +125,11 @@ class Config(PPOConfig, RewardConfig, RunConfig):
                 f"--mini_batch_size={self.mini_batch_size}: does not divide the {self.num_responses} responses of a "
                 "step (train_dataset.batch_size x rollouts_per_prompt)"
             )
+        if self.kl_target and self.kl_horizon <= (least := 0.2 * self.num_responses):
+            raise UserError(
+                f"--kl_horizon={self.kl_horizon:g}: expected more than {least:g}, a fifth of the {self.num_responses} "
+                "responses of a step (train_dataset.batch_size x rollouts_per_prompt)"
+            )
 
     @staticmethod
     def default_yaml(given: Mapping[str, Any]) -> str:
@@ -306,9 +311,10 @@ def main(config: Config) -> None:
             self_check(sampled, rollout, passes, again, same_start=same_start, dtype=dtype, stop_ids=stop_ids)
             checked = True
 
-        recorder.keep(step + 1, rollout, sampled, scored.faults, frozen=step < frozen_steps)
+        policy_waits = step < frozen_steps
+        recorder.keep(step + 1, rollout, sampled, scored.faults, frozen=policy_waits)
         with timer.phase("update"):
-            update = update_value if step < frozen_steps else update_both
+            update = update_value if policy_waits else update_both
             with_hidden = rollout.replace(hidden=passes.hidden)  # large, and gone with this step
             state, update_metrics = run_updates(
                 update, state, with_hidden, sampled.lengths, size=config.mini_batch_size,
@@ -324,7 +330,9 @@ def main(config: Config) -> None:
         metrics["tokens"] = int(sampled.lengths.sum())
         if step + 1 == total_steps or (config.eval_freq and (step + 1) % config.eval_freq == 0):
             metrics |= evaluate(state, step + 1)
-        return state.replace(kl_coef=kl_coef), metrics
+        if not (policy_waits or config.generate_only):  # else a KL that no coefficient can change
+            state = state.replace(kl_coef=kl_coef)
+        return state, metrics
 
     def evaluate(state: PPOState, step: int) -> dict[str, float]:
         """How the policy does on the held-out prompts, with the same randomness every time."""

@@ -54,13 +54,20 @@ class Range(NamedTuple):
     least: float | None = None
     above: float | None = None
     most: float | None = None
+    below: float | None = None
 
     def holds(self, number: float) -> bool:
         low = (self.least is None or number >= self.least) and (self.above is None or number > self.above)
-        return low and (self.most is None or number <= self.most)
+        high = (self.most is None or number <= self.most) and (self.below is None or number < self.below)
+        return low and high
 
     def __str__(self) -> str:
-        words = (("{:g} or more", self.least), ("more than {:g}", self.above), ("at most {:g}", self.most))
+        words = (
+            ("{:g} or more", self.least),
+            ("more than {:g}", self.above),
+            ("at most {:g}", self.most),
+            ("less than {:g}", self.below),
+        )
         return ", ".join(text.format(bound) for text, bound in words if bound is not None)
 
 
@@ -89,7 +96,7 @@ def flag(default: T, help: str, choices: Iterable[T] = (), *, may_change: bool =
     """A dataclass field that is a flag, or a group of flags when `default` is itself a config.
 
     `help` says what the value does, in which unit, and what an empty or zero value means. `choices`, if given, are the
-    only values accepted; of numbers, those within the `bounds` (least, above, most, as in `Range`). `may_change` is for
+    only values accepted; of numbers, those within the `bounds` (least, above, most, below, as in `Range`). `may_change` is for
     what does not decide what a run computes (where it writes, how often it saves, how work is split over devices): a
     run may go on from a checkpoint with another value.
     """

@@ -15,8 +15,8 @@ from easyrl.core.params import path_str
 class OptimizerConfig:
     """AdamW (Loshchilov and Hutter 2019) after clipping the gradient's global norm."""
 
-    b1: float = flag(0.9, "Adam's decay rate of the first moment.", least=0, most=1)
-    b2: float = flag(0.999, "Adam's decay rate of the second moment.", least=0, most=1)
+    b1: float = flag(0.9, "Adam's decay rate of the first moment.", least=0, below=1)
+    b2: float = flag(0.999, "Adam's decay rate of the second moment.", least=0, below=1)
     eps: float = flag(1e-8, "Added to the root of Adam's second moment.", above=0)
     weight_decay: float = flag(0.0, "Decoupled weight decay; never applied to biases and norms.", least=0)
     clip_gradient: float = flag(

@@ -92,6 +92,8 @@ class PPOConfig:
     def __post_init__(self) -> None:
         if self.dual_clip != 0 and not self.dual_clip > 1:
             raise UserError(f"--dual_clip={self.dual_clip:g}: expected 0 (off) or more than 1")
+        if self.kl_target and not self.kl_coef:
+            raise UserError("--kl_coef=0: it is the starting weight of --kl_target, expected more than 0")
 
     @property
     def logprob_temperature(self) -> float:
@@ -218,8 +220,8 @@ def make_finish(ppo: PPOConfig, mesh: Mesh) -> Callable:
         )
         metrics = _rollout_metrics(rollout, passes.entropies, kl_coef)
         if ppo.kl_target:
-            observed = metrics["objective/kl"].value
-            adapted = adaptive_kl_coef(kl_coef, observed, ppo.kl_target, len(scores), ppo.kl_horizon)
+            observed = metrics["objective/kl"]  # over the responses that are learnt from
+            adapted = adaptive_kl_coef(kl_coef, observed.value, ppo.kl_target, observed.count, ppo.kl_horizon)
             kl_coef = jnp.where(rollout.finite, adapted, kl_coef)
         return rollout, kl_coef, metrics
 

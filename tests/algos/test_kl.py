@@ -105,6 +105,7 @@ def test_adaptive_coefficient_by_hand():
     # KL 60 saturates at +20 %: 0.2 * 1.02 = 0.204. KL 0 saturates at -20 %: 0.2 * 0.98 = 0.196.
     for observed, expected in ((6.6, 0.202), (6.0, 0.2), (60.0, 0.204), (0.0, 0.196), (-3.0, 0.196)):
         np.testing.assert_allclose(adaptive_kl_coef(0.2, observed, 6.0, 100, 1000.0), expected, rtol=1e-6)
+    assert adaptive_kl_coef(0.25, 60.0, 6.0, 0, 1000.0) == 0.25  # of no response nothing is known
 
 
 def test_adaptive_coefficient_finds_its_target():
@@ -115,7 +116,7 @@ def test_adaptive_coefficient_finds_its_target():
     np.testing.assert_allclose(coef, 0.25, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("target", "horizon"), [(0.0, 1e4), (-1.0, 1e4), (6.0, 0.0), (6.0, 12.8)])
+@pytest.mark.parametrize(("target", "horizon"), [(0.0, 1e4), (-1.0, 1e4), (6.0, 0.0), (6.0, -1.0)])
 def test_adaptive_coefficient_refuses(target, horizon):
     with pytest.raises(ValueError, match=r"target KL|KL horizon"):
         adaptive_kl_coef(0.2, 1.0, target, 64, horizon)

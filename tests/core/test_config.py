@@ -120,6 +120,7 @@ def test_yaml_numbers_however_written(write, text):
     [
         ({"least": 0}, "0 or more", [0, 0.5, math.inf], [-1e-9]),
         ({"above": 0}, "more than 0", [1e-9], [0, -1]),
+        ({"least": 0, "below": 1}, "0 or more, less than 1", [0, 0.999], [1, -1]),
         ({"above": 0, "most": 1}, "more than 0, at most 1", [0.5, 1], [0, 1.5, math.inf]),
     ],
 )

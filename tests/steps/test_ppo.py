@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easyrl.core.errors import UserError
 from easyrl.core.sharding import make_mesh
 from easyrl.models.families import param_specs
 from easyrl.steps.logprobs import CHUNK_TOKENS
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from easyrl.steps.ppo import PPOConfig, PPOState, make_finish, make_forward, make_update
+from easyrl.steps.ppo import Passes, PPOConfig, PPOState, make_finish, make_forward, make_update
 from easyrl.steps.state import create_train_state
 from tests.steps.conftest import everywhere, make_params, plan_shapes, rollout_shapes, state_shapes
 
@@ -218,6 +219,23 @@ def test_nothing_is_learnt_from_a_rollout_with_a_number_that_is_not_finite(term,
     state, _, metrics = update(state, rollout, plan, not_stopped(mesh))
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.policy, state.value)))
     assert values_of(metrics)["ppo/policy/not_finite"] == values_of(metrics)["ppo/val/not_finite"] == 1
+
+
+def test_the_adaptive_coefficient_counts_only_responses_that_are_learnt_from(one_device):
+    B, T = 4, 6
+    zeros = jnp.zeros((B, T))
+    passes = Passes(old_logprobs=zeros + 0.5, ref_logprobs=zeros, values=zeros, entropies=zeros)
+    finish = make_finish(PPOConfig(kl_target=1.0, kl_horizon=10), one_device)
+    tokens, scores, kl_coef = jnp.zeros((B, T), int), jnp.ones(B), jnp.float32(0.1)
+    for kept in (4, 1, 0):  # their KL is 0.5 * 6: an error that saturates at 0.2
+        learnt = jnp.broadcast_to((jnp.arange(B) < kept)[:, None], (B, T))
+        _, adapted, _ = finish(tokens, learnt, passes, scores, kl_coef)
+        assert adapted == pytest.approx(0.1 * (1 + 0.2 * kept / 10), rel=1e-6)
+
+
+def test_a_coefficient_of_0_cannot_be_steered():
+    with pytest.raises(UserError, match="--kl_coef=0: it is the starting weight of --kl_target, expected more than 0"):
+        PPOConfig(kl_coef=0, kl_target=1.0)
 
 
 def test_update_compiles_once(cfg, value_cfg, ragged, one_device):

@@ -79,19 +79,21 @@ def test_a_reward_model_with_another_tokenizer(run, materials):
 
 
 def test_generating_only_changes_no_weight(run, materials):
-    result = run(generate_only=True)
+    result = run(generate_only=True, kl_target=0.5, kl_horizon=16)
     assert_same_weights(result.weights(), read_tensors(materials.policy))
     assert len(result.metrics) == 2
     for metrics in result.metrics:
+        assert metrics["objective/kl_coef"] == pytest.approx(0.05)  # a KL of 0 would lower it
         assert metrics["objective/kl"] == 0 and not any("loss" in name for name in metrics)
 
 
 def test_the_policy_waits_while_it_is_frozen(run, materials):
-    result = run(policy_freeze_epochs=0.5, export_freq=1)
+    result = run(policy_freeze_epochs=0.5, export_freq=1, kl_target=0.5, kl_horizon=16)
     assert_same_weights(result.weights("hf-1"), read_tensors(materials.policy))
     assert_same_weights(result.weights("hf-2"), result.weights("hf-1"), same=False)
     frozen, free = result.metrics
     assert frozen["ppo/loss/value"] > 0 and frozen["ppo/val/grad_norm"] > 0 and "ppo/loss/policy" not in frozen
+    assert free["objective/kl_coef"] == frozen["objective/kl_coef"]  # a KL of 0 would lower it
     assert free["objective/kl"] == 0  # the second batch was still drawn from the policy's start
     assert "ppo/loss/policy" in free
 

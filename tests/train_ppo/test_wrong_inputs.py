@@ -318,6 +318,13 @@ FLAGS = {
     "negative learning rate": (lambda b: {"lr": -1e-5}, "--lr=-1e-05: expected 0 or more"),
     "a clip range of 0": (lambda b: {"cliprange": 0}, "--cliprange=0: expected more than 0, at most 1"),
     "a dual clip of 1": (lambda b: {"dual_clip": 1}, "--dual_clip=1: expected 0 (off) or more than 1"),
+    "a second moment that never forgets": (
+        lambda b: {"optimizer.b2": 1}, "--optimizer.b2=1: expected 0 or more, less than 1"
+    ),
+    "a horizon within one step": (
+        lambda b: {"kl_target": 1, "kl_horizon": 3.2, "rollouts_per_prompt": 2},
+        "--kl_horizon=3.2: expected more than 3.2, a fifth of the 16 responses of a step",
+    ),
     "fewer than no unfrozen layers": (
         lambda b: {"num_layers_unfrozen": -2}, "--num_layers_unfrozen=-2: expected -1 or more"
     ),
