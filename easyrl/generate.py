@@ -33,7 +33,7 @@ from easyrl.data.templates import Template, load_template
 from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id, parse_ids
 from easyrl.hf.refs import find_model, load_weights
 from easyrl.rewards.models import find_sources
-from easyrl.rewards.responses import reward_batch
+from easyrl.rewards.responses import response_batch
 from easyrl.rewards.score import judge_responses
 from easyrl.rewards.shaping import ScoreConfig
 from easyrl.runtime.partial import PartialFile
@@ -187,7 +187,7 @@ def main(config: Config) -> None:
         tokens, lengths = np.pad(batch.tokens, ((0, fill), (0, 0))), np.pad(batch.lengths, (0, fill))
         samples = sample(params, tokens, lengths, key, numbers.reshape(-1))
         sampled = join_samples(tokens, lengths, samples, pad_id=pad_id(tokenizer)).take(slice(len(items) * config.each))
-        responses = reward_batch(batch, sampled, tokenizer)
+        responses = response_batch(batch, sampled, tokenizer)
         scores: Sequence[float | None] = [None] * len(responses)
         if found:
             judged = judge_responses(responses, sources, found.weights, config.missing_eos)

@@ -36,10 +36,10 @@ from easyrl.hf.saved import LOWEST, SavedModel
 from easyrl.models.branch import join, trained_layers
 from easyrl.rewards.held_out import score_held_out
 from easyrl.rewards.models import find_sources, named_sources, value_start
-from easyrl.rewards.responses import reward_batch, sample_rows
+from easyrl.rewards.responses import response_batch, sample_rows
 from easyrl.rewards.score import Scored, score_responses
 from easyrl.rewards.shaping import Moments, RewardConfig
-from easyrl.rewards.sources import RewardBatch
+from easyrl.rewards.sources import ResponseBatch
 from easyrl.runtime.checkpoint import open_checkpoints
 from easyrl.runtime.flight import FlightRecorder
 from easyrl.runtime.interrupt import stopping_at_signals
@@ -58,8 +58,6 @@ from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import PPOConfig, PPOState, branch_specs, make_finish, make_forward, make_update
 from easyrl.steps.rollout import SampledBatch, join_samples, run_updates, self_check
 from easyrl.steps.state import abstract_train_state, create_train_state
-
-EVAL_STEP = 2**31 - 1  # the "step" whose randomness evaluation samples use: the same at every evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,13 +276,13 @@ def main(config: Config) -> None:
     facts = {"total_updates": total_steps * updates_per_step, "warmup_updates": warmup_updates}
     recorder = FlightRecorder(run_dir.path / "rollouts", config.record_rollouts, facts | {"config": to_dict(config)})
 
-    def respond(params: dict, batch: PromptBatch, step: int) -> tuple[SampledBatch, RewardBatch]:
+    def respond(params: dict, batch: PromptBatch, step: int) -> tuple[SampledBatch, ResponseBatch]:
         """`rollouts_per_prompt` responses to each prompt: as tokens, and as what reward sources read."""
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         sample_ids = np.arange(config.num_responses, dtype=np.int32)
         samples = sample(join(frozen.bottom, params), batch.tokens, batch.lengths, key, sample_ids)
         sampled = join_samples(batch.tokens, batch.lengths, samples, pad_id=pad_id(tokenizer))
-        return sampled, reward_batch(batch, sampled, tokenizer)
+        return sampled, response_batch(batch, sampled, tokenizer)
 
     def ppo_step(state: PPOState, numbered: tuple[int, PromptBatch]) -> tuple[PPOState, dict[str, Any]]:
         nonlocal checked
@@ -340,8 +338,8 @@ def main(config: Config) -> None:
             return {}
         params = state.policy.params
 
-        def score(batch: PromptBatch, number: int) -> tuple[SampledBatch, RewardBatch, Scored]:
-            sampled, responses = respond(params, batch, EVAL_STEP - number)
+        def score(batch: PromptBatch, step: int) -> tuple[SampledBatch, ResponseBatch, Scored]:
+            sampled, responses = respond(params, batch, step)
             return sampled, responses, score_responses(responses, sources, weights, config, moments.value)[0]
 
         metrics, responses, scored = score_held_out(held_out, config.train_dataset.batch_size, score)
@@ -353,7 +351,7 @@ def main(config: Config) -> None:
     troubles, start = Troubles(), checkpoints.start
     trackers = start_trackers(config.logger, run_dir, config, start=start, troubles=troubles)
 
-    def log_samples(step: int, phase: str, responses: RewardBatch, scored: Scored, count: int) -> None:
+    def log_samples(step: int, phase: str, responses: ResponseBatch, scored: Scored, count: int) -> None:
         for tracker in trackers:
             tracker.log_samples(step, sample_rows(phase, responses, scored, count))
 

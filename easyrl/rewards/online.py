@@ -21,10 +21,10 @@ from easyrl.data.packing import Shape, pack
 from easyrl.data.prompts import PromptBatch, PromptDataset
 from easyrl.data.tokenizer import Tokenizer, pad_id
 from easyrl.rewards.held_out import score_held_out
-from easyrl.rewards.responses import reward_batch, sample_rows
+from easyrl.rewards.responses import response_batch, sample_rows
 from easyrl.rewards.score import Judged, judge_responses
 from easyrl.rewards.shaping import ScoreConfig
-from easyrl.rewards.sources import RewardBatch, Source
+from easyrl.rewards.sources import ResponseBatch, Source
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.sampling.best_of_n import rank_two
 from easyrl.sampling.decode import SamplingConfig
@@ -33,7 +33,6 @@ from easyrl.steps.reference import Logprobs
 from easyrl.steps.rollout import LOGPROB_TOLERANCE, SampledBatch, join_samples
 
 EACH = 2  # responses to a prompt
-EVAL_STEP = 2**31 - 1  # the "step" whose randomness evaluation samples use: the same at every evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,12 +171,12 @@ class OnlinePairs:
         }
         return answers, metrics
 
-    def _respond(self, params: dict, batch: PromptBatch, step: int) -> tuple[SampledBatch, RewardBatch]:
+    def _respond(self, params: dict, batch: PromptBatch, step: int) -> tuple[SampledBatch, ResponseBatch]:
         """Two responses to each prompt: as tokens, and as what reward sources read."""
         ids = np.arange(EACH * len(batch.tokens), dtype=np.int32)
         samples = self._sample(params, batch.tokens, batch.lengths, jax.random.fold_in(self._key, step), ids)
         sampled = join_samples(batch.tokens, batch.lengths, samples, pad_id=pad_id(self._tokenizer))
-        return sampled, reward_batch(batch, sampled, self._tokenizer)
+        return sampled, response_batch(batch, sampled, self._tokenizer)
 
     def _lay_out(self, sampled: SampledBatch, told: np.ndarray) -> tuple[AnswerBatch, dict[str, float], float]:
         """(the pairs that are told, KL from the reference over all responses, share of padding)."""
@@ -220,8 +219,8 @@ class OnlinePairs:
         """
         scores: list[float] = []
 
-        def score(batch: PromptBatch, number: int) -> tuple[SampledBatch, RewardBatch, Judged]:
-            sampled, responses = self._respond(params, batch, EVAL_STEP - number)
+        def score(batch: PromptBatch, step: int) -> tuple[SampledBatch, ResponseBatch, Judged]:
+            sampled, responses = self._respond(params, batch, step)
             judged = judge_responses(responses, self._sources, self._weights, self._config.missing_eos)
             scores.extend(judged.scores.tolist())
             return sampled, responses, judged

@@ -5,18 +5,18 @@ from typing import Any
 from easyrl.data.prompts import PromptBatch
 from easyrl.data.tokenizer import Tokenizer
 from easyrl.rewards.score import Judged, Scored
-from easyrl.rewards.sources import RewardBatch
+from easyrl.rewards.sources import ResponseBatch
 from easyrl.steps.rollout import SampledBatch
 
 
-def reward_batch(batch: PromptBatch, sampled: SampledBatch, tokenizer: Tokenizer) -> RewardBatch:
+def response_batch(batch: PromptBatch, sampled: SampledBatch, tokenizer: Tokenizer) -> ResponseBatch:
     """The responses to a batch of prompts as tokens and text; sample b * n + j is the j-th response to prompt b."""
     count, each = len(sampled.tokens), len(sampled.tokens) // len(batch.tokens)
 
     def repeat(values: list) -> list:
         return [value for value in values for _ in range(each)]
 
-    return RewardBatch(
+    return ResponseBatch(
         sequences=[sampled.tokens[row, : sampled.lengths[row]] for row in range(count)],
         prompts=repeat(batch.texts),
         responses=tokenizer.batch_decode([sampled.response(row) for row in range(count)], skip_special_tokens=True),
@@ -26,7 +26,7 @@ def reward_batch(batch: PromptBatch, sampled: SampledBatch, tokenizer: Tokenizer
     )
 
 
-def sample_rows(phase: str, responses: RewardBatch, scored: Scored | Judged, count: int) -> list[dict[str, Any]]:
+def sample_rows(phase: str, responses: ResponseBatch, scored: Scored | Judged, count: int) -> list[dict[str, Any]]:
     """The first `count` responses as rows of samples.jsonl."""
     return [
         {

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from easyrl.rewards.shaping import RewardConfig, RunningMoments, apply_missing_eos, shape_rewards
-from easyrl.rewards.sources import RewardBatch, Source
+from easyrl.rewards.sources import ResponseBatch, Source
 
 
 class Scored(NamedTuple):
@@ -43,7 +43,7 @@ class Judged(NamedTuple):
 
 
 def judge_responses(
-    batch: RewardBatch, sources: Sequence[Source], weights: Sequence[float], missing_eos: str
+    batch: ResponseBatch, sources: Sequence[Source], weights: Sequence[float], missing_eos: str
 ) -> Judged:
     """The scores of a batch, for whoever ranks responses and pays nothing: steps 1 and 2 of `shaping`.
 
@@ -60,7 +60,7 @@ def judge_responses(
 
 
 def score_responses(
-    batch: RewardBatch,
+    batch: ResponseBatch,
     sources: Sequence[Source],
     weights: Sequence[float],
     config: RewardConfig,
@@ -81,7 +81,7 @@ def score_responses(
 
 
 def _ask(
-    batch: RewardBatch, sources: Sequence[Source], weights: Sequence[float]
+    batch: ResponseBatch, sources: Sequence[Source], weights: Sequence[float]
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
     """(weighted sum float64 [B], scores of each source by name, what the sources report)."""
     total = np.zeros(len(batch), np.float64)

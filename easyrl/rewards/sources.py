@@ -21,7 +21,7 @@ ScoreTokens = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
 @dataclass(frozen=True)
-class RewardBatch:
+class ResponseBatch:
     """The responses of a step, in everything that a source may want of them. Every list has B entries."""
 
     sequences: Sequence[np.ndarray]  # int32 [length], prompt and response as the policy has them
@@ -43,14 +43,14 @@ class Source:
     """
 
     name: str
-    score: Callable[[RewardBatch], tuple[np.ndarray, dict[str, float]]]
+    score: Callable[[ResponseBatch], tuple[np.ndarray, dict[str, float]]]
     check: Callable[[Collection[str]], None] = lambda columns: None
 
 
 def model_source(name: str, score_tokens: ScoreTokens) -> Source:
     """A reward model with the policy's tokenizer: it reads the very tokens that were sampled, no end token added."""
 
-    def score(batch: RewardBatch) -> tuple[np.ndarray, dict[str, float]]:
+    def score(batch: ResponseBatch) -> tuple[np.ndarray, dict[str, float]]:
         return _checked(score_tokens(batch.sequences), len(batch), f"reward model {name}"), {}
 
     return Source(name, score)
@@ -66,7 +66,7 @@ def retokenized_source(name: str, template: Template, max_length: int, score_tok
     refuses a conversation.
     """
 
-    def score(batch: RewardBatch) -> tuple[np.ndarray, dict[str, float]]:
+    def score(batch: ResponseBatch) -> tuple[np.ndarray, dict[str, float]]:
         sequences = []
         for row, (messages, response, ended) in enumerate(
             zip(batch.messages, batch.responses, batch.ended, strict=True)
@@ -119,7 +119,7 @@ def function_source(spec: str) -> Source:
                     f"--reward_function={spec} needs the column {column!r}, the data have {', '.join(found)}"
                 )
 
-    def score(batch: RewardBatch) -> tuple[np.ndarray, dict[str, float]]:
+    def score(batch: ResponseBatch) -> tuple[np.ndarray, dict[str, float]]:
         check(batch.columns)
         columns: dict[str, Any] = {key: list(values) for key, values in batch.columns.items()}
         columns["messages"] = [as_dicts(messages) for messages in batch.messages]

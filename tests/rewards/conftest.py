@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from easyrl.data.messages import Message
-from easyrl.rewards.sources import RewardBatch
+from easyrl.rewards.sources import ResponseBatch
 
 SPECIAL = ["<unk>", "</s>", "<|im_start|>", "<|im_end|>"]
 
@@ -23,7 +23,7 @@ def tokenizer():
 
 def make_batch(*responses, ended=None, **columns):
     prompts = [f"ask {row}" for row in range(len(responses))]
-    return RewardBatch(
+    return ResponseBatch(
         sequences=[np.arange(row + 2, dtype=np.int32) for row in range(len(responses))],
         prompts=prompts,
         responses=list(responses),
