@@ -25,7 +25,7 @@ from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
 from easyrl.core.files import check_writable
 from easyrl.core.fingerprint import fingerprint_params
-from easyrl.core.sharding import make_mesh, num_data_shards
+from easyrl.core.sharding import check_batch, make_mesh, num_data_shards
 from easyrl.data.generations import Candidate, best_row, demonstration_row, generation_rows, preference_row
 from easyrl.data.prompts import PromptRow, prompt_batch, read_prompts
 from easyrl.data.readers import open_source, parse_split
@@ -132,11 +132,8 @@ def main(config: Config) -> None:
     # ------------------------------------------------------------ what there is: everything but the weights
     from_first(lambda: check_writable(config.output, "--output"))
     mesh = make_mesh(config.mesh_dim)
+    check_batch(config.batch_size, mesh, config.mesh_dim, "--batch_size")
     shards = num_data_shards(mesh)
-    if config.batch_size % shards:
-        raise UserError(
-            f"--batch_size={config.batch_size}: does not divide by dp x fsdp = {shards} of --mesh_dim={config.mesh_dim}"
-        )
     dtype, sampling = DTYPES[config.dtype], config.sampling
     model = find_model(config.load_checkpoint, compute={"dtype": dtype})
     room = model.cfg.max_positions - sampling.max_new_tokens

@@ -24,7 +24,7 @@ from easyrl.core.distributed import say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean, add_metrics
-from easyrl.core.sharding import fetch, make_mesh, num_data_shards, put, replicated
+from easyrl.core.sharding import check_batch, fetch, make_mesh, put, replicated
 from easyrl.data.loader import Batch, Loader
 from easyrl.data.mismatched import mismatched_loader
 from easyrl.data.packing import Shape
@@ -278,12 +278,8 @@ def pair_shapes(config: Config, mesh: Mesh) -> tuple[Shape, ...]:
 
     Raises UserError for prompts, rows or a length of rows that the devices cannot share or that cannot hold a response.
     """
-    data, shards = config.train_dataset, num_data_shards(mesh)
-    if data.batch_size % shards:
-        raise UserError(
-            f"--train_dataset.batch_size={data.batch_size}: does not divide by dp x fsdp = {shards} of "
-            f"--mesh_dim={config.mesh_dim}"
-        )
+    data = config.train_dataset
+    check_batch(data.batch_size, mesh, config.mesh_dim)
     _, longest = config.longest
     if data.row_length and data.row_length < longest:
         found = f"expected at least {longest}, a response with its prompt"

@@ -23,8 +23,8 @@ from easyrl.core.config import flag, run, to_dict
 from easyrl.core.distributed import is_first, say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
-from easyrl.core.sharding import fetch, make_mesh, num_data_shards, put, replicated
-from easyrl.data.dataset import DatasetConfig
+from easyrl.core.sharding import check_batch, fetch, make_mesh, put, replicated
+from easyrl.data.dataset import DatasetConfig, HeldOutConfig
 from easyrl.data.packing import pack
 from easyrl.data.prompts import PromptBatch, PromptDataset
 from easyrl.data.templates import load_template
@@ -83,7 +83,7 @@ class Config(PPOConfig, RewardConfig, RunConfig):
     stop_ids: str = flag("", "Token ids that end a response, separated by commas. Empty: the model's and template's.")
 
     train_dataset: DatasetConfig = flag(DatasetConfig(), "Prompts; batch_size of them are one step.")
-    eval_dataset: DatasetConfig = flag(DatasetConfig(), "Held-out prompts. Empty path: no evaluation.")
+    eval_dataset: HeldOutConfig = flag(HeldOutConfig(), "Held-out prompts, cut and batched as the training prompts.")
 
     max_continuation_len: int = flag(16, "Tokens a response may have.", least=1)
     min_continuation_len: int = flag(0, "Tokens before which a response may not end.", least=0)
@@ -145,11 +145,7 @@ def main(config: Config) -> None:
         config = assets.fill_in(config)
     # ------------------------------------------------------------ mesh, output
     mesh = make_mesh(config.mesh_dim)
-    if config.num_responses % num_data_shards(mesh):
-        raise UserError(
-            f"--train_dataset.batch_size x rollouts_per_prompt={config.num_responses}: does not divide by dp x fsdp = "
-            f"{num_data_shards(mesh)} of --mesh_dim={config.mesh_dim}"
-        )
+    check_batch(config.train_dataset.batch_size, mesh, config.mesh_dim)
     whole = replicated(mesh)
 
     # ------------------------------------------------------------ what there is: everything but the weights
@@ -200,7 +196,7 @@ def main(config: Config) -> None:
     say(prompts.dataset.summary())
     held_out = None
     if config.eval_dataset.path:
-        like_train = dataclasses.replace(config.eval_dataset, seq_length=config.train_dataset.seq_length)
+        like_train = config.eval_dataset.like(config.train_dataset)
         held_out = PromptDataset(like_train, template, config.seed, name="eval_dataset", keep_last=True)
     found_sources.check(prompts.batch(0).columns)
 

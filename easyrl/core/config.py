@@ -96,9 +96,9 @@ def flag(default: T, help: str, choices: Iterable[T] = (), *, may_change: bool =
     """A dataclass field that is a flag, or a group of flags when `default` is itself a config.
 
     `help` says what the value does, in which unit, and what an empty or zero value means. `choices`, if given, are the
-    only values accepted; of numbers, those within the `bounds` (least, above, most, below, as in `Range`). `may_change` is for
-    what does not decide what a run computes (where it writes, how often it saves, how work is split over devices): a
-    run may go on from a checkpoint with another value.
+    only values accepted; of numbers, those within the `bounds` (least, above, most, below, as in `Range`). `may_change`
+    is for what does not decide what a run computes (where it writes, how often it saves, how work is split over
+    devices): a run may go on from a checkpoint with another value.
     """
     metadata = {"help": help, "choices": tuple(choices), "range": Range(**bounds), "may_change": may_change}
     field: Any = dataclasses.field(default=default, metadata=metadata)

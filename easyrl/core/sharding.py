@@ -102,6 +102,12 @@ def make_mesh(mesh_dim: str, devices: Sequence[jax.Device] | None = None) -> Mes
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def check_batch(size: int, mesh: Mesh, mesh_dim: str, flag: str = "--train_dataset.batch_size") -> None:
+    """Raises UserError naming `flag` when the devices of a mesh cannot share a batch of `size` evenly."""
+    if size % (shards := num_data_shards(mesh)):
+        raise UserError(f"{flag}={size}: does not divide by dp x fsdp = {shards} of --mesh_dim={mesh_dim}")
+
+
 def num_data_shards(mesh: Mesh) -> int:
     """Into how many parts the batch dimension is split."""
     return math.prod(mesh.shape[axis] for axis in DATA_AXES)

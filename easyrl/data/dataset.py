@@ -1,5 +1,6 @@
 """A dataset as flags describe it, tokenised and ready for random access."""
 
+import dataclasses
 import hashlib
 import os
 import zlib
@@ -7,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +29,9 @@ from easyrl.data.workers import encode_rows
 
 BATCH_SIZE = "Samples in one batch, over all devices. A pair is one sample."
 WORTH_PROCESSES = 32_000_000  # bytes of text: below, starting processes takes longer than they save
+
+
+C = TypeVar("C", bound="DatasetConfig")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,19 @@ class PackedDatasetConfig(DatasetConfig):
     @property
     def limits(self) -> Limits:
         return Limits(self.seq_length, self.max_prompt_length, self.remove_truncated_samples)
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """Data to evaluate on."""
+
+    path: str = flag("", "File, folder or hub id of the data. Empty: no evaluation.")
+    split: str = flag("", "Part of the data, as in --train_dataset.split.")
+    skip_bad_rows: bool = flag(False, "Leave out and count rows that cannot be used, instead of stopping at the first.")
+
+    def like(self, training: C) -> C:
+        """These data cut and batched as the training data are, in the order of the file."""
+        return dataclasses.replace(training, **vars(self), shuffle=False)
 
 
 class Dataset:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.params import abstract
-from easyrl.core.sharding import DECODE_RULES, num_data_shards
+from easyrl.core.sharding import DECODE_RULES, check_batch, num_data_shards
 from easyrl.data.tokenizer import parse_ids
 from easyrl.hf.refs import find_config
 from easyrl.models.config import ModelConfig
@@ -31,6 +31,7 @@ def sampling_phase(
     """One call of the sampler, `each` responses to a prompt, all as long as they may be: no row is ever left out."""
     N, P, C = config.train_dataset.batch_size, config.train_dataset.seq_length, config.max_continuation_len
     B = each * N
+    check_batch(N, mesh, config.mesh_dim)
     sample = make_sampler(
         cfg, sampling, stop_ids=parse_ids(config.stop_ids, cfg.vocab_size, "--stop_ids") or (0,),
         logprob_space=logprob_space, num_samples=each, mesh=mesh,

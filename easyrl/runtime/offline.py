@@ -21,7 +21,7 @@ from easyrl.core.distributed import is_first, quiet, say
 from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean
 from easyrl.core.sharding import fetch
-from easyrl.data.dataset import PackedDatasetConfig, load_dataset
+from easyrl.data.dataset import HeldOutConfig, PackedDatasetConfig, load_dataset
 from easyrl.data.loader import Batch, Loader
 from easyrl.data.messages import Message
 from easyrl.data.prompts import PromptDataset
@@ -54,15 +54,6 @@ BAR = {"loss": "loss", "eval": "eval/loss", "tok/s": "tokens_per_second"}
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOutConfig:
-    """Data to evaluate on."""
-
-    path: str = flag("", "File, folder or hub id of the data. Empty: no evaluation.")
-    split: str = flag("", "Part of the data, as in --train_dataset.split.")
-    skip_bad_rows: bool = flag(False, "Leave out and count rows that cannot be used, instead of stopping at the first.")
-
-
-@dataclasses.dataclass(frozen=True)
 class OfflineConfig(RunConfig):
     """The flags of an offline trainer."""
 
@@ -88,7 +79,7 @@ class OfflineConfig(RunConfig):
     @property
     def held_out(self) -> PackedDatasetConfig:
         """The evaluation data as the training data are described."""
-        return dataclasses.replace(self.train_dataset, **vars(self.eval_dataset), shuffle=False)
+        return self.eval_dataset.like(self.train_dataset)
 
     @property
     def longest(self) -> tuple[str, int]:

@@ -257,6 +257,10 @@ DATA = {
         lambda b: {"eval_dataset.path": "/no/such/prompts.jsonl"},
         "--eval_dataset.path: /no/such/prompts.jsonl: no such file or folder",
     ),
+    "held-out prompts with a batch of their own": (
+        lambda b: {"eval_dataset.batch_size": 8},
+        "unknown flag --eval_dataset.batch_size: did you mean --train_dataset.batch_size",
+    ),
     "a split that is none": (lambda b: {"train_dataset.split": "[7"}, "--train_dataset.split"),
 }  # fmt: skip
 REWARDS = {
@@ -349,6 +353,10 @@ LAYOUT = {
     "a batch that does not divide": (
         lambda b: {"mesh_dim": "1,8,1", "train_dataset.batch_size": 12},
         "=12: does not divide by dp x fsdp = 8 of --mesh_dim=1,8,1",
+    ),
+    "prompts that do not divide, though their responses do": (
+        lambda b: {"mesh_dim": "1,8,1", "train_dataset.batch_size": 4, "rollouts_per_prompt": 2},
+        "--train_dataset.batch_size=4: does not divide by dp x fsdp = 8 of --mesh_dim=1,8,1",
     ),
     "a micro-batch that does not divide": (
         lambda b: {"mesh_dim": "2,2,2", "micro_batch_size": 6},
