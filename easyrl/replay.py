@@ -96,10 +96,11 @@ def replay_ppo(config: Config, arrays: Mapping[str, np.ndarray], facts: dict[str
     lengths = batch.prompt_lengths + batch.response_lengths
     start, bottom = find_bottom(config, values, ppo, settings, mesh)
     models = [start or find(config.load_checkpoint, head, settings) for head in ("lm", "value")]
-    schedule = (settings.lr_schedule, facts["total_updates"], facts["warmup_updates"])
+    total, warmup = facts["total_updates"], facts["warmup_updates"]
+    policy_total = facts.get("policy_updates", total)  # earlier versions had one schedule
     policy_optimizer, value_optimizer = optimizers = [
-        make_optimizer(settings.optimizer, make_schedule(schedule[0], lr, *schedule[1:]))
-        for lr in (values["lr"], values["value_lr"] or values["lr"])
+        make_optimizer(settings.optimizer, make_schedule(settings.lr_schedule, lr, updates, warmup))
+        for lr, updates in ((values["lr"], policy_total), (values["value_lr"] or values["lr"], total))
     ]
     dtype = DTYPES[settings.param_dtype]
     policy, value = (

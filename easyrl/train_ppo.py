@@ -217,9 +217,12 @@ def main(config: Config) -> None:
     warmup_updates = math.ceil(config.warmup_epochs * steps_per_epoch * updates_per_step)
     frozen_steps = math.ceil(config.policy_freeze_epochs * steps_per_epoch)
 
+    # Each counts the updates of its own model.
+    value_updates = total_steps * updates_per_step
+    policy_updates = max(total_steps - frozen_steps, 0) * updates_per_step
     policy_lr, value_lr = (
-        make_schedule(config.lr_schedule, lr, total_steps * updates_per_step, warmup_updates)
-        for lr in (config.lr, config.value_lr or config.lr)
+        make_schedule(config.lr_schedule, lr, updates, warmup_updates)
+        for lr, updates in ((config.lr, policy_updates), (config.value_lr or config.lr, value_updates))
     )
     policy_optimizer = make_optimizer(config.optimizer, policy_lr)
     value_optimizer = make_optimizer(config.optimizer, value_lr)
@@ -257,6 +260,7 @@ def main(config: Config) -> None:
     )  # fmt: skip
     forward = functools.partial(make_forward(policy.cfg, reference.cfg, value.cfg, config, mesh), bottom=frozen.bottom)
     finish = make_finish(config, mesh)
+    policy_rate = jax.jit(policy_lr, out_shardings=whole)
     update_both, update_value = (
         functools.partial(
             make_update(
@@ -269,7 +273,7 @@ def main(config: Config) -> None:
 
     # ------------------------------------------------------------ one step
     moments, checked = Moments(), False
-    facts = {"total_updates": total_steps * updates_per_step, "warmup_updates": warmup_updates}
+    facts = {"policy_updates": policy_updates, "total_updates": value_updates, "warmup_updates": warmup_updates}
     recorder = FlightRecorder(run_dir.path / "rollouts", config.record_rollouts, facts | {"config": to_dict(config)})
 
     def respond(params: dict, batch: PromptBatch, step: int) -> tuple[SampledBatch, ResponseBatch]:
@@ -298,7 +302,7 @@ def main(config: Config) -> None:
             learnt, rewards = put((sampled.mask & scored.keep[:, None], scored.rewards), whole)
             rollout, kl_coef, rollout_metrics = finish(tokens, learnt, passes, rewards, state.kl_coef)
 
-        if not checked and bool(fetch(rollout.finite)):  # of another nothing is learnt
+        if not checked and scored.keep.any() and bool(fetch(rollout.finite)):  # of another nothing is learnt
             unpacked = pack(sampled.lengths, max_length, shapes, packed=False)
             again = forward(*models, tokens, mask, place_plans(unpacked, len(tokens), mesh))
             same_start = step == 0 and reference_ref == config.load_checkpoint_policy
@@ -306,6 +310,8 @@ def main(config: Config) -> None:
             checked = True
 
         policy_waits = step < frozen_steps
+        policy_trains = not (policy_waits or config.generate_only)
+        learning_rate = policy_rate(state.policy.updates) if policy_trains else 0.0
         recorder.keep(step + 1, rollout, sampled, scored.faults, frozen=policy_waits)
         with timer.phase("update"):
             update = update_value if policy_waits else update_both
@@ -320,11 +326,11 @@ def main(config: Config) -> None:
         metrics = {**scored.metrics, **rollout_metrics, **update_metrics, **timer.metrics()}
         metrics["tokens/ended_share"] = float(sampled.ended.mean())
         metrics["tokens/padding_share"] = packing.padding_share()
-        metrics["ppo/learning_rate"] = float(policy_lr(step * updates_per_step))
+        metrics["ppo/learning_rate"] = learning_rate
         metrics["tokens"] = int(sampled.lengths.sum())
         if step + 1 == total_steps or (config.eval_freq and (step + 1) % config.eval_freq == 0):
             metrics |= evaluate(state, step + 1)
-        if not (policy_waits or config.generate_only):  # else a KL that no coefficient can change
+        if policy_trains:  # else no coefficient can change the KL
             state = state.replace(kl_coef=kl_coef)
         return state, metrics
 

@@ -9,6 +9,7 @@ from easyrl import replay, train_dpo, train_rm
 from easyrl.core.config import load_config
 from easyrl.core.errors import RunFailed, UserError
 from easyrl.core.sharding import make_mesh
+from easyrl.runtime.jsonl import read_jsonl
 from tests.offline import TINY, run_script, write_rows
 from tests.train_ppo.conftest import materials, run, write_model  # noqa: F401  (fixtures)
 
@@ -26,7 +27,7 @@ def start(recording, checkpoint, *more):
 
 @pytest.fixture(scope="module")
 def recorded(run):  # noqa: F811
-    return run(record_rollouts=2, save_model_freq=1, lr_schedule="linear", value_lr=1e-2).path
+    return run(record_rollouts=2, save_model_freq=1, lr_schedule="linear", value_lr=1e-2, policy_freeze_epochs=0.5).path
 
 
 def test_the_updates_of_a_step_of_ppo_bit_for_bit(recorded, capsys):
@@ -37,6 +38,11 @@ def test_the_updates_of_a_step_of_ppo_bit_for_bit(recorded, capsys):
     assert rows.pop("metric") == ["recorded", "replayed", "difference"]
     assert {"ppo/loss/policy", "ppo/policy/grad_norm", "ppo/val/error", "ppo/loss/total"} <= rows.keys()
     assert all(row[0] == row[1] and row[2] == "0" for row in rows.values())
+
+
+def test_the_policys_schedule_begins_when_it_is_no_longer_frozen(recorded):
+    frozen, free = read_jsonl(recorded / "metrics.jsonl")
+    assert (frozen["ppo/learning_rate"], free["ppo/learning_rate"]) == (0, pytest.approx(1e-3))
 
 
 def test_other_weights_give_other_numbers_and_exit_status_1(recorded, capsys):

@@ -107,12 +107,13 @@ def self_check(
     """Refuse to train wrong: what must hold of the real batch before the first update.
 
     `again` are the passes computed once more from a different packing, as the update will. `same_start`: policy and
-    reference start from the same weights. Raises UserError naming the first check that fails and its likely cause:
+    reference start from the same weights. The rollout is `finite` and has a response that is to be learnt from. Raises
+    UserError naming the first check that fails and its likely cause:
 
     1. no response is empty;
     2. the score sits on the last sampled token, and on none of a response that is not to be learnt from; that token is
        an end token wherever the response ended, and no other token of a response is one;
-    3. the sampler's log-probs equal the trainer's;
+    3. the sampler's log-probs equal the trainer's, here and below where something is learnt;
     4. the ratio is 1: log-probs do not depend on packing or on the pass that computed them;
     5. KL is 0 when policy and reference start equal.
     """
@@ -124,7 +125,8 @@ def self_check(
 
     rows, last = np.arange(len(batch.tokens)), batch.lengths - 1
     expected = np.zeros(batch.tokens.shape, np.float32)
-    expected[rows, last - 1] = np.where(fetch(rollout.mask).any(axis=1), fetch(rollout.scores), 0)
+    learnt = fetch(rollout.mask)
+    expected[rows, last - 1] = np.where(learnt.any(axis=1), fetch(rollout.scores), 0)
     paid = fetch(rollout.rewards) - fetch(rollout.penalties)
     misplaced = np.flatnonzero(~np.isclose(paid, expected, rtol=1e-4, atol=1e-4).all(axis=1))
     if misplaced.size:
@@ -142,7 +144,7 @@ def self_check(
         raise UserError(f"self-check: the response to sample {goes_on[0]} goes on behind an end token")
 
     def compare(name: str, a, b, cause: str):
-        difference = np.abs(fetch(a) - fetch(b))[batch.mask]
+        difference = np.abs(fetch(a) - fetch(b))[learnt]
         if not (difference.mean() <= mean_limit and difference.max() <= max_limit):
             raise UserError(
                 f"self-check: {name} differ by {difference.mean():.2g} on average and {difference.max():.2g} at most "

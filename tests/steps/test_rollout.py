@@ -169,6 +169,13 @@ def test_numbers_that_are_not_finite(parts):
         parts.check(passes=broken)
 
 
+def test_numbers_that_are_not_finite_in_a_response_that_is_not_learnt_from(parts):
+    at = np.argwhere(parts.batch.mask)[0]
+    broken = change(parts.passes, old_logprobs=put_at(*at, np.nan))
+    drop = lambda x: x * (np.arange(B) != at[0])[:, None]
+    parts.check(passes=broken, rollout=change(parts.rollout, mask=drop, rewards=drop, penalties=drop))
+
+
 def test_rows_hold_prompt_and_response_side_by_side(parts):
     batch = parts.batch
     for row in range(B):
