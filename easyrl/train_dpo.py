@@ -131,7 +131,9 @@ def main(config: Config) -> None:
         loader, held_out = load_data(config, "labelled" if unpaired else "pair", template, mesh)
     if unpaired:
         say(balance(config, loader.dataset.values))
-    run_dir, checkpoints = open_run(config, SCRIPT, loader)
+    references = [found] if config.reads_reference else []
+    judges = [model.found for model in sources.models] if sources else []
+    run_dir, checkpoints = open_run(config, SCRIPT, loader, [*references, *judges])
 
     # ------------------------------------------------------------ weights, what the reference says of the data
     dtype, specs = DTYPES[config.param_dtype], param_specs(start.cfg, "lm")

@@ -203,7 +203,8 @@ def main(config: Config) -> None:
     run_dir = make_run_dir(config.output_dir, "train_ppo")
     for folder in (run_dir.hf, run_dir.path / "hf_value"):
         check_replaceable(folder)
-    checkpoints = open_checkpoints(config, run_dir, "train_ppo", prompts.dataset.fingerprint)
+    never_trained = [reference, *(model.found for model in found_sources.models), *([policy] if shared else [])]
+    checkpoints = open_checkpoints(config, run_dir, "train_ppo", prompts.dataset.fingerprint, never_trained)
 
     # ------------------------------------------------------------ frozen weights
     unfrozen = config.num_layers_unfrozen

@@ -69,6 +69,8 @@ def test_it_starts_at_log_2_and_learns_to_prefer(trained):
 def test_the_run_leaves_what_every_run_leaves(trained):
     names = {path.name for path in trained.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "best.json", "hf", "report.html"} <= names
+    (facts,) = (trained / "checkpoints").glob("*/run.json")
+    assert json.loads(facts.read_text())["frozen"].keys() == {"load_checkpoint"}  # the reference
     card = (trained / "hf" / "README.md").read_text()
     assert "DPO" in card and "label smoothing" in card and "dpop" not in card
     assert facts_of_card(trained / "hf")["num_epochs"] == "10"

@@ -3,7 +3,7 @@
 The order in which a run is restored, each line needing those before it:
 
     1. the flags, then the folder; from these, which checkpoint to go on from           (`open_checkpoints`)
-    2. its run.json, whose flags and data must be those of now, but for what may change (`open_checkpoints`)
+    2. its run.json, whose flags, data and frozen models must be those of now           (`open_checkpoints`)
     3. models' configurations, schedule, device programs: made as in a new run          (the script)
     4. the abstract state, with its shardings on the mesh of now; no weight is read     (the script)
     5. the arrays, straight into these shardings                                        (`Checkpoints.restore`)
@@ -29,6 +29,8 @@ from easyrl.core.config import flag_values
 from easyrl.core.distributed import Ballot, anywhere, gather_texts, is_first, say, several
 from easyrl.core.errors import RunStopped, UserError
 from easyrl.core.files import set_aside
+from easyrl.hf.identity import digest_models
+from easyrl.hf.refs import FoundModel
 from easyrl.hf.saved import SavedModel, write_models
 from easyrl.runtime.evaluation import direction
 from easyrl.runtime.loop import Hook, StepInfo
@@ -52,20 +54,24 @@ class Memory(Protocol):
         """Takes up what `remember` gave."""
 
 
-def open_checkpoints(config: RunConfig, run_dir: RunDir, script: str, data: str) -> "Checkpoints":
+def open_checkpoints(
+    config: RunConfig, run_dir: RunDir, script: str, data: str, frozen: Sequence[FoundModel] = ()
+) -> "Checkpoints":
     """The checkpoints of a run. Changes nothing on disk.
 
-    `data` is the fingerprint of the training data. Raises UserError when the checkpoint to go on from cannot be had, or
-    belongs to another run (see `check_same_run`).
+    `data` is the fingerprint of the training data, `frozen` are the models that the run reads and does not train.
+    Raises UserError when the checkpoint to go on from cannot be had, or belongs to another run (see `check_same_run`).
     """
     folder = epath.Path(config.checkpoint_dir or run_dir.checkpoints).expanduser()
     source = find_source(config, folder)
+    digests = digest_models(frozen)
     if source is not None:
-        check_same_run(config, script, data, source)
+        check_same_run(config, script, data, source, digests)
         say(f"going on after step {source.step} of {source.folder}")
     elif config.resume == NEVER and is_remote(folder) and whole_steps(folder):
         raise UserError(f"--resume=never: {folder} holds checkpoints, expected an empty --checkpoint_dir")
-    return Checkpoints(config, run_dir, folder, source, {"script": script, "data": data, "config": flag_values(config)})
+    facts = {"script": script, "data": data, "config": flag_values(config), "frozen": digests}
+    return Checkpoints(config, run_dir, folder, source, facts)
 
 
 class Checkpoints:

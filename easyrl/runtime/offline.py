@@ -158,8 +158,12 @@ def learning_rate(config: OfflineConfig, total: int) -> optax.Schedule:
     return make_schedule(config.lr_schedule, config.lr, total, warmup, config.end_lr)
 
 
-def open_run(config: OfflineConfig, script: str, loader: Loader) -> tuple[RunDir, Checkpoints]:
+def open_run(
+    config: OfflineConfig, script: str, loader: Loader, frozen: Sequence[FoundModel] = ()
+) -> tuple[RunDir, Checkpoints]:
     """The folder of the run, and its checkpoints, with the one to go on from if there is one.
+
+    `frozen` are the models that the run reads and does not train.
 
     Raises UserError when something other than an earlier export stands where one is to go, or for a checkpoint of
     another run.
@@ -167,7 +171,7 @@ def open_run(config: OfflineConfig, script: str, loader: Loader) -> tuple[RunDir
     run_dir = make_run_dir(config.output_dir, script)
     for name in (run_dir.hf.name, HF_BEST):
         check_replaceable(run_dir.path / name)
-    return run_dir, open_checkpoints(config, run_dir, script, loader.dataset.fingerprint)
+    return run_dir, open_checkpoints(config, run_dir, script, loader.dataset.fingerprint, frozen)
 
 
 def model_card(

@@ -76,11 +76,14 @@ def _same_place(one: epath.Path, other: epath.Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def check_same_run(config: RunConfig, script: str, data: str, source: Source) -> None:
+def check_same_run(
+    config: RunConfig, script: str, data: str, source: Source, frozen: Mapping[str, str] | None = None
+) -> None:
     """Raises UserError when going on from `source` would not be going on with the same run.
 
     Every flag must be as it was, but for those declared with `may_change` and those in --allow_config_change. `data` is
-    the fingerprint of the training data, which must be what they were even where their path is the same.
+    the fingerprint of the training data, which must be what they were even where their path is the same; so must the
+    weights of models that the run does not train, of which `frozen` has a digest by the flag that names them.
     """
     facts, now = source.facts, flag_values(config)
     specs = {spec.name: spec for spec in flag_specs(type(config))}
@@ -98,6 +101,9 @@ def check_same_run(config: RunConfig, script: str, data: str, source: Source) ->
     explained = any(name.startswith("train_dataset.") or name in TEXT for name in {*allowed, *changed})
     if facts["data"] != data and not explained:
         changed["train_dataset.path"] = f"--train_dataset.path={now['train_dataset.path']} has other rows now"
+    for name, digest in (frozen or {}).items():
+        if facts.get("frozen", {}).get(name, digest) != digest and name not in {*allowed, *changed}:
+            changed[name] = f"--{name}={now[name]} has other weights now"
     if changed:
         raise UserError(
             f"{source.named_by}: cannot go on from step {source.step} with other flags: {'; '.join(changed.values())}. "

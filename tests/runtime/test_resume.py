@@ -107,6 +107,19 @@ def test_other_rows_under_the_same_path_are_noticed(run):
     check_same_run(allowed, "train_sft", "others", find_source(allowed, run))
 
 
+def test_other_weights_of_a_frozen_model_under_the_same_name_are_noticed(run):
+    def check(config, load_checkpoint):
+        check_same_run(config, "train_sft", "rows", find_source(config, run), {"load_checkpoint": load_checkpoint})
+
+    check(CONFIG, "old")  # a checkpoint from before these were kept
+    path = run / "10" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"frozen": {"load_checkpoint": "old"}}))
+    check(CONFIG, "old")
+    with pytest.raises(UserError, match=r"--load_checkpoint=hf::base has other weights now\. .*=load_checkpoint$"):
+        check(CONFIG, "new")
+    check(of(allow_config_change="load_checkpoint"), "new")
+
+
 def test_a_run_of_another_script_is_another_run(run):
     assert "holds a run of train_sft, expected one of train_rm" in refused(run, CONFIG, script="train_rm")
 

@@ -1,5 +1,6 @@
 """A run of PPO that broke off and went on is the run that never did."""
 
+import json
 import shutil
 
 import jax
@@ -51,6 +52,16 @@ def test_bit_for_bit(run, flags, unbroken, broken, tmp_path):
     folder = shutil.copytree(broken.path, tmp_path / "run")
     assert_identical(run(**flags, output_dir=folder), unbroken)
     assert not list(folder.glob("*.1.*"))
+
+
+def test_with_other_weights_of_frozen_models_it_is_refused(run, flags, broken, tmp_path):
+    folder = shutil.copytree(broken.path, tmp_path / "run")
+    path = folder / "checkpoints" / "2" / "run.json"
+    facts = json.loads(path.read_text())
+    assert facts["frozen"].keys() == {"load_checkpoint_policy", "load_checkpoint_reward"}  # the first is the reference
+    path.write_text(json.dumps(facts | {"frozen": dict.fromkeys(facts["frozen"], "others")}))
+    with pytest.raises(UserError, match=r"_policy=\S+ has other weights now; --load_checkpoint_reward=\S+ has other"):
+        run(**flags, output_dir=folder)
 
 
 def test_on_eight_devices_to_1e_5(run, flags, unbroken, broken, tmp_path):
