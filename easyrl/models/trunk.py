@@ -5,6 +5,8 @@ Stacked layers are scanned, which keeps compile time independent of depth: train
 model may also be run in two parts, a bottom and a top (`models/branch.py`). One function serves all.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -142,26 +144,29 @@ def run_layers(
 
         return family.block(layer, cfg, shard(x, "batch", "time", "width"), tables, attend_layer, shard)
 
-    policy = REMAT_POLICIES[cfg.remat]
+    def step(*, alone: bool) -> Callable:
+        """`body` as the backward pass wants it, `alone` or in a scan."""
+        policy = REMAT_POLICIES[cfg.remat]
+        # Inside a scan nothing can be merged with the backward pass's recomputation; outside it would be.
+        kept = body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=alone)
+        # Of a layer that is computed again, what goes into it is all that is kept: that is split over mp, too.
+        return lambda x, scanned: kept(shard(x, "batch", "sequence", "width") if cfg.remat == "full" else x, scanned)
+
+    # Layers that are unrolled are traced once for all of them: jit remembers the trace, and `inline` copies it, so that
+    # the program stays what it would be without (as calls, bfloat16 would be rounded between layers).
+    run_alone, run_scanned = jax.jit(step(alone=True), inline=True), step(alone=False)
     # One (k, v) a layer, or None.
     kvs: list = [None] * num_layers if cache is None else list(zip(cache.keys, cache.values, strict=True))
     first = 0
     for stack in stacks(params):
         size = depth(stack)
         here = slice(first, first + size)
-        # Inside a scan nothing can be merged with the backward pass's recomputation; outside it would be.
-        step = body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=size == 1)
-
-        def run(x, scanned, step=step):
-            # Of a layer that is computed again, what goes into it is all that is kept: that is split over mp, too.
-            return step(shard(x, "batch", "sequence", "width") if cfg.remat == "full" else x, scanned)
-
         if size == 1:
             layer = jax.tree.map(lambda w: w.squeeze(0), stack)
-            x, kvs[first] = run(x, (layer, sliding[first], kvs[first]))
+            x, kvs[first] = run_alone(x, (layer, sliding[first], kvs[first]))
         else:
             stacked = jax.tree.map(lambda *slots: jnp.stack(slots), *kvs[here])
-            x, stacked = jax.lax.scan(run, x, (stack, jnp.asarray(sliding[here]), stacked))
+            x, stacked = jax.lax.scan(run_scanned, x, (stack, jnp.asarray(sliding[here]), stacked))
             kvs[here] = [jax.tree.map(lambda slots, i=i: slots[i], stacked) for i in range(size)]
         first += size
 
