@@ -1,5 +1,6 @@
 """What every test stands on: eight virtual CPU devices, child processes that find this checkout, optional real data."""
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.xla import QUICK
+
+# JAX keeps millions of small objects, which Python would go through again and again: a tenth of the tests' time.
+gc.set_threshold(100_000, 20, 20)
 
 REPO = Path(__file__).resolve().parents[1]
 DEVICES = 8
