@@ -27,9 +27,8 @@ class RunDir:
     """The folder of one run and the places in it, the same for every script."""
 
     path: Path
-    lock: IO[bytes] | None = field(
-        default=None, repr=False, compare=False
-    )  # while it is open, the folder is this run's
+    # While it is open, the folder is this run's.
+    lock: IO[bytes] | None = field(default=None, repr=False, compare=False)
 
     @property
     def config(self) -> Path:
