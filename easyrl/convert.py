@@ -17,7 +17,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from easyrl.core.checkpoints import Writer
-from easyrl.core.config import flag, run
+from easyrl.core.command_line import run
+from easyrl.core.config import flag
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import RunFailed, UserError
 from easyrl.core.files import check_folder

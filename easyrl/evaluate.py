@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from easyrl.core.config import flag, run
+from easyrl.core.command_line import run
+from easyrl.core.config import flag
 from easyrl.core.distributed import DistributedConfig, from_first, is_first, quiet
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError

@@ -19,7 +19,8 @@ import jax
 from jax.sharding import Mesh
 
 from easyrl import assets
-from easyrl.core.config import flag, load_config, run
+from easyrl.core.command_line import load_config, run
+from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.files import check_writable, write_atomic
 from easyrl.core.sharding import make_mesh

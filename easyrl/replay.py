@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyrl.core.checkpoints import find_checkpoint, read_arrays
-from easyrl.core.config import flag, from_dict, run
+from easyrl.core.command_line import run
+from easyrl.core.config import flag, from_dict
 from easyrl.core.distributed import DistributedConfig, say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import RunFailed, UserError

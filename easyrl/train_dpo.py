@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from easyrl.core.config import flag, run
+from easyrl.core.command_line import run
+from easyrl.core.config import flag
 from easyrl.core.distributed import say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from easyrl import assets
-from easyrl.core.config import flag, run, to_dict
+from easyrl.core.command_line import run
+from easyrl.core.config import flag, to_dict
 from easyrl.core.distributed import is_first, say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError

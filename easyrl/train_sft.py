@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from easyrl.core.config import flag, run
+from easyrl.core.command_line import run
+from easyrl.core.config import flag
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.masking import Mean, add_metrics
 from easyrl.core.sharding import make_mesh

@@ -11,7 +11,7 @@ from types import ModuleType
 import jax
 import pytest
 
-from easyrl.core.config import load_config
+from easyrl.core.command_line import load_config
 from easyrl.core.sharding import make_mesh
 from easyrl.runtime import offline
 from easyrl.runtime.jsonl import read_jsonl

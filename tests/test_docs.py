@@ -16,7 +16,8 @@ from functools import partial
 import pytest
 
 from easyrl.bench.__main__ import KINDS as BENCHMARKS
-from easyrl.core.config import flag_specs, load_config
+from easyrl.core.command_line import load_config
+from easyrl.core.config import flag_specs
 from tests.source import REPO, modules
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]

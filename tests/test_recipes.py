@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from easyrl import evaluate, generate, train_dpo, train_ppo, train_rm, train_sft
-from easyrl.core.config import load_config
+from easyrl.core.command_line import load_config
 from easyrl.core.params import abstract, num_params, shardings
 from easyrl.core.sharding import MESH_AXES, make_mesh, parse_mesh_dim
 from easyrl.hf.export import export_model

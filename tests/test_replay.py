@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from easyrl import replay, train_dpo, train_rm
-from easyrl.core.config import load_config
+from easyrl.core.command_line import load_config
 from easyrl.core.errors import RunFailed, UserError
 from easyrl.core.sharding import make_mesh
 from easyrl.runtime.jsonl import read_jsonl

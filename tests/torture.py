@@ -30,7 +30,8 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer, LlamaConfig  # noqa: F401  (they import most of what a start would take)
 
 from easyrl import train_dpo, train_ppo, train_rm, train_sft
-from easyrl.core.config import flag, load_config
+from easyrl.core.command_line import load_config
+from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.runtime import offline
 from easyrl.runtime.jsonl import read_jsonl

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerFast
 
 from easyrl import assets
 from easyrl.assets import stories
-from easyrl.core.config import flag, run
+from easyrl.core.command_line import run
+from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.params import init_params, num_params
 from easyrl.core.sharding import make_mesh

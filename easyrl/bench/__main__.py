@@ -3,8 +3,8 @@
 import importlib
 import sys
 
-from easyrl.core.config import run, tell
-from easyrl.core.errors import UserError
+from easyrl.core.command_line import run
+from easyrl.core.errors import UserError, tell
 
 KINDS = {
     "decode": "sampling responses",

@@ -18,7 +18,8 @@ import numpy as np
 from etils import epath
 
 from easyrl.core.checkpoints import Writer
-from easyrl.core.config import flag, run
+from easyrl.core.command_line import run
+from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.runtime.loop import Hook, StepInfo, run_loop
 

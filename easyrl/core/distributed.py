@@ -21,8 +21,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from easyrl.core.config import flag, flag_values, tell
-from easyrl.core.errors import RunFailed, RunStopped, UserError
+from easyrl.core.config import flag, flag_values
+from easyrl.core.errors import RunFailed, RunStopped, UserError, tell
 from easyrl.core.sharding import fetch
 
 T = TypeVar("T")
@@ -67,8 +67,9 @@ class DistributedConfig:
         """Joins the other processes, if there are any, and parts from them when the block ends.
 
         `config` is that of the script, which must be the same everywhere. A block that raises ends the process, once it
-        has told why: with the status that `core.config.run` promises, and without the others if they do not end too.
-        They then end within SILENCE_SECONDS, when JAX misses this one. Raises UserError when the processes do not meet.
+        has told why: with the status that `core.command_line.run` promises, and without the others if they do not end
+        too. They then end within SILENCE_SECONDS, when JAX misses this one. Raises UserError when the processes do not
+        meet.
         """
         self._start()
         if not several():

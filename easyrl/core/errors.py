@@ -1,11 +1,13 @@
-"""The exceptions that a user is meant to see."""
+"""The exceptions that a user is meant to see, and the line in which they are told."""
+
+import sys
 
 
 class UserError(Exception):
     """Something the user can put right, said in one line.
 
     The message names the flag, file and row, what was found and what was expected. Scripts print it as
-    `easyrl: error: <message>` without a traceback and exit with status 2 (`easyrl.core.config.run`).
+    `easyrl: error: <message>` without a traceback and exit with status 2 (`tell`).
     """
 
     def __init__(self, message: str):
@@ -33,3 +35,24 @@ class RunStopped(Exception):
     def __init__(self, message: str, status: int = 0):
         super().__init__(" ".join(message.split()))
         self.status = status
+
+
+def tell(error: BaseException, show: bool = True) -> int:
+    """Says in one line on stderr, below whatever was being printed, what ended a script; returns its exit status.
+
+    2 for a UserError, 1 for a RunFailed, that of a RunStopped, 130 when interrupted, 1 and no line for anything else.
+    """
+    sys.stdout.flush()
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
+    known: dict[type, tuple[str, int]] = {
+        UserError: (f"error: {error}", 2),
+        RunFailed: (f"error: {error}", 1),
+        RunStopped: (str(error), getattr(error, "status", 0)),
+        KeyboardInterrupt: ("interrupted", 130),
+    }
+    message, status = known.get(type(error), ("", 1))
+    if message and show:
+        print(f"easyrl: {message}", file=sys.stderr)
+    return status

@@ -13,7 +13,7 @@ from easyrl.bench import shapes
 from easyrl.bench.__main__ import KINDS, main
 from easyrl.bench.measure import Lap, Work
 from easyrl.bench.report import figures
-from easyrl.core.config import load_config
+from easyrl.core.command_line import load_config
 from easyrl.core.errors import UserError
 
 SMALL = ["--model=debug", "--warmup=1", "--repeats=1", "--mesh_dim=1,1,1"]

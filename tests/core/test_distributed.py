@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from easyrl.core import distributed
-from easyrl.core.config import load_config, to_yaml
+from easyrl.core.command_line import load_config
+from easyrl.core.config import to_yaml
 from easyrl.core.distributed import DistributedConfig, check_same, from_first, gather_texts, is_first, several
 from easyrl.core.errors import UserError
 from easyrl.runtime.run_config import RunConfig
@@ -20,7 +21,8 @@ SCRIPT = """
 import dataclasses, time
 import jax
 import numpy as np
-from easyrl.core.config import flag, run
+from easyrl.core.command_line import run
+from easyrl.core.config import flag
 from easyrl.core.distributed import (
     DistributedConfig, broadcast, check_same, check_same_flags, from_first, gather_texts, meet, say
 )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from easyrl.core.config import flag, load_config
+from easyrl.core.command_line import load_config
+from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.runtime import run_dir
 from easyrl.runtime.run_dir import make_run_dir

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from easyrl import train_ppo
-from easyrl.core.config import load_config
+from easyrl.core.command_line import load_config
 from easyrl.core.params import map_specs
 from easyrl.core.sharding import make_mesh
 from easyrl.hf.export import export_model

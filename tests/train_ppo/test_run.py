@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from easyrl.core.config import load_config
+from easyrl.core.command_line import load_config
 from easyrl.core.sharding import make_mesh
 from easyrl.hf.refs import load_model
 from easyrl.models.heads import scalar
