@@ -149,7 +149,8 @@ def verify(config: Config, mesh: Mesh, found: FoundModel, head: str, tokens: np.
     """Prints the largest difference between `ours`, of what was read, and what was written.
 
     A transformers folder is run by transformers. A checkpoint is read back; where the model came from a transformers
-    folder, that is run by transformers and compared with what was read back. Raises RunFailed above --tolerance.
+    folder and has kept its head and format, that is run by transformers and compared with what was read back. Raises
+    RunFailed above --tolerance.
     """
     written = Path(config.output_dir) if config.format == "hf" else None
     against = "transformers"
@@ -159,7 +160,8 @@ def verify(config: Config, mesh: Mesh, found: FoundModel, head: str, tokens: np.
         again = find_model(f"{config.format}::{config.output_dir}", head=head)
         theirs = our_outputs(load_weights(again, mesh, head=head, dtype=stored_as(again)[1]), again.cfg, head, tokens)
         against = "what was written, read back"
-        if not written and found.directory and parse_ref(config.load_checkpoint).kind == "hf" and has_torch():
+        kept = (head, stored_as(again)[1]) == stored_as(found) and parse_ref(config.load_checkpoint).kind == "hf"
+        if not written and found.directory and kept and has_torch():
             ours, against = transformers_outputs(found.directory, head, tokens), f"transformers on {found.directory}"
     largest, most = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
     found_text = f"largest difference {largest:.3g}, of outputs up to {most:.3g}, from {against}"

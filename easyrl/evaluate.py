@@ -191,7 +191,7 @@ def judge(
 
 def score_both(config: Config, pairs: list[tuple[Generation, Generation]]) -> tuple[np.ndarray, dict[str, Any]]:
     """(points, facts) by the reward model. A conversation that is too long loses its beginning, all but a
-    beginning-of-text token.
+    beginning-of-text token. Equal answers tie: their scores may differ by what rounding makes of their places in a row.
     """
     score, template, max_length = load_scorer(config)
     try:
@@ -203,8 +203,9 @@ def score_both(config: Config, pairs: list[tuple[Generation, Generation]]) -> tu
     cut = np.mean([len(sequence) > max_length for sequence in sequences])
     kept = [cut_left(sequence, max_length, template.bos_id) for sequence in sequences]
     ours, theirs = score(kept).reshape(-1, 2).astype(np.float64).T
+    equal = [np.array_equal(one, other) for one, other in zip(kept[::2], kept[1::2], strict=True)]
     means = {"generations": float(ours.mean()), "baseline": float(theirs.mean())}
-    return 0.5 + 0.5 * np.sign(ours - theirs), {"reward_mean": means, "cut": float(cut)}
+    return 0.5 + 0.5 * np.where(equal, 0.0, np.sign(ours - theirs)), {"reward_mean": means, "cut": float(cut)}
 
 
 def category_of(pair: tuple[Generation, Generation], column: str) -> str:

@@ -107,6 +107,13 @@ def test_a_random_model(tmp_path):
     assert_same(params_of(f"hf::{tmp_path / 'out'}", "lm"), params_of("random::bloom-debug", "lm"))
 
 
+@pytest.mark.parametrize(("flags", "head"), [({"dtype": "bf16"}, "lm"), ({"head": "value"}, "reward")])
+def test_a_checkpoint_of_another_format_or_head_is_verified(model, tmp_path, capsys, flags, head):
+    """The folder it came from computes something else."""
+    run(f"hf::{model(head=head)}", tmp_path / "run", format="easyrl", verify=True, **flags)
+    assert f"{DIFFERENCE}0," in capsys.readouterr().out
+
+
 def test_verify_sees_a_change(model, tmp_path, monkeypatch):
     """Of what was written: one weight is another."""
     source, write = model(), convert.write_transformers

@@ -111,6 +111,18 @@ def test_win_rate_by_a_reward_model(flags, folder, capsys):
     assert results["cut"] == pytest.approx(1 / 10)
 
 
+def test_equal_answers_tie(flags, monkeypatch, capsys):
+    """Though their scores differ by rounding."""
+    noise = lambda sequences: 1 + 1e-6 * np.arange(len(sequences), dtype=np.float32)
+    template = load_template("none", make_tokenizer())
+    monkeypatch.setattr(evaluate, "load_scorer", lambda config: (noise, template, 16))
+    run_script(evaluate, flags["model"] | {"baseline": flags["model"]["generations"]})
+    (row,) = [
+        row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["categories"] if row["category"] == "all"
+    ]
+    assert (row["wins"], row["ties"], row["losses"], row["win_rate"]) == (0, len(OURS), 0, 0.5)
+
+
 def test_a_long_conversation_keeps_the_token_that_begins_a_text(flags, monkeypatch):
     tokenizer, seen = make_tokenizer(), []
     template = dataclasses.replace(load_template("none", tokenizer), bos_id=tokenizer.convert_tokens_to_ids("o"))

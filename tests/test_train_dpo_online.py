@@ -17,10 +17,10 @@ from easyrl.data.templates import load_template
 from easyrl.hf.refs import load_model
 from easyrl.models.families import param_specs
 from easyrl.rewards.online import OnlineConfig, OnlinePairs, PromptNumbers
-from easyrl.rewards.sources import function_source
+from easyrl.rewards.sources import Source, function_source
 from easyrl.runtime.jsonl import read_jsonl
 from easyrl.runtime.metrics import timeless
-from easyrl.sampling.decode import make_sampler
+from easyrl.sampling.decode import Samples, make_sampler
 from easyrl.steps.dpo import DPOConfig, make_answer_logprobs, make_dpo_step, place_answers
 from easyrl.steps.packed import place_plans
 from easyrl.steps.state import create_train_state
@@ -122,6 +122,20 @@ def test_a_step_is_that_of_dpo_on_the_same_pairs(folder, missing_eos):
         results.append((float(metrics["loss"].value), gradient))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), results[0][1], results[1][1])
+
+
+def test_equal_answers_make_no_pair(folder):
+    """Though their scores differ by rounding."""
+    pairs, model, _ = pairs_for(folder, make_mesh("1,1,1", jax.devices()[:1]))
+    zeros = np.zeros((2 * B, C), np.float32)
+    answers = np.where(np.arange(2 * B)[:, None] == 1, 4, np.full((2 * B, C), 5, np.int32))  # those of the first differ
+    lengths = np.full(2 * B, C, np.int32)
+    pairs._sample = lambda *given: Samples(answers, lengths, zeros, zeros, lengths < 0, np.int32(C))
+    pairs._sources = [Source("noise", lambda batch: (1 + 1e-6 * np.arange(len(batch)), {}))]
+    pairs._reference = None
+    batch, metrics = pairs.draw(model.params, PromptNumbers(np.arange(B), np.asarray(0)))
+    assert metrics["online/told_share"] == 1 / B
+    assert np.asarray(batch.mask).any(axis=1).tolist() == [True, True] + [False] * (2 * B - 2)
 
 
 @pytest.fixture(scope="module")

@@ -143,8 +143,8 @@ class OnlinePairs:
     def draw(self, params: dict, numbers: PromptNumbers) -> tuple[AnswerBatch, dict[str, Any]]:
         """The pairs of a step, chosen before rejected, with the reference's log-probs; and metrics of all responses.
 
-        A prompt whose two responses score alike, or have one that may not be learnt from, has no pair: its rows are
-        filler to the loss.
+        A prompt whose two responses are the same or score alike, or have one that may not be learnt from, has no pair:
+        its rows are filler to the loss. The same response may score differently by what rounding makes of its place.
         """
         timer = PhaseTimer()
         with timer.phase("rollout"):
@@ -153,7 +153,9 @@ class OnlinePairs:
         with timer.phase("score"):
             judged = judge_responses(responses, self._sources, self._weights, self._config.missing_eos)
             scores = judged.scores.reshape(-1, EACH)
-            better, told = rank_two(scores, judged.keep.reshape(-1, EACH))
+            sides = zip(responses.sequences[::EACH], responses.sequences[1::EACH], strict=True)
+            differ = np.array([not np.array_equal(one, other) for one, other in sides])
+            better, told = rank_two(scores, judged.keep.reshape(-1, EACH) & differ[:, None])
             order = EACH * np.arange(len(better))[:, None] + np.stack([better, 1 - better], axis=1)
             answers, kl, padding = self._lay_out(sampled.take(order.reshape(-1)), np.repeat(told, EACH))
         self.samples += sample_rows("train", responses, judged, self._config.logged_samples)
