@@ -51,8 +51,8 @@ from easyrl.runtime.offline import (
     load_prompts,
     model_card,
     open_run,
-    train,
 )
+from easyrl.runtime.offline_run import Method, train
 from easyrl.runtime.resume import continue_named
 from easyrl.runtime.run_config import find_shapes
 from easyrl.sampling.decode import make_sampler
@@ -213,20 +213,23 @@ def main(config: Config) -> None:
         )  # fmt: skip
 
     model = SavedModel("lm", start.cfg, "params", tokenizer, generation, dtype=dtype)
+    method: Method[Any]
     if pairs is not None:
-        train(
-            config, run_dir, checkpoints, state, loader, held_out, pairs.place, pairs.step(update), pairs.loss_of,
-            pairs.measure, export, model,
-            total=total, method=config.method, best_by="reward_mean", memories={"online": pairs}, samples=pairs.samples,
+        method = Method(
+            name=config.method, place=pairs.place, update=pairs.step(update), loss_of=pairs.loss_of,
+            measure=pairs.measure, export=export, model=model,
             bar={"reward": "env/reward_mean", "KL": "objective/kl", "loss": "loss", "eval": "eval/reward_mean"},
+            best_by="reward_mean", memories={"online": pairs}, samples=pairs.samples,
         )  # fmt: skip
-        return
-    alarm = ChosenFalls()
-    train(
-        config, run_dir, checkpoints, state, loader, held_out, place, update, loss_of, measure, export, model,
-        total=total, method=config.method, hooks=[chosen_falls_hook(alarm)], memories={"chosen_falls": alarm},
-        bar={"loss": "loss", "margin": "rewards/margins", "eval": "eval/loss", "tok/s": "tokens_per_second"},
-    )  # fmt: skip
+    else:
+        alarm = ChosenFalls()
+        method = Method(
+            name=config.method, place=place, update=update, loss_of=loss_of,
+            measure=measure, export=export, model=model,
+            bar={"loss": "loss", "margin": "rewards/margins", "eval": "eval/loss", "tok/s": "tokens_per_second"},
+            hooks=[chosen_falls_hook(alarm)], memories={"chosen_falls": alarm},
+        )  # fmt: skip
+    train(config, run_dir, checkpoints, state, loader, held_out, method, total)
 
 
 # ---------------------------------------------------------------- small parts

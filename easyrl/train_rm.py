@@ -34,14 +34,14 @@ from easyrl.runtime.offline import (
     load_data,
     model_card,
     open_run,
-    train,
 )
+from easyrl.runtime.offline_run import Method, train
 from easyrl.runtime.resume import continue_named
 from easyrl.steps.optimizer import make_optimizer
 from easyrl.steps.reward import RewardBatch, RewardLossConfig, make_reward_eval, make_reward_step, place_reward_batch
 from easyrl.steps.state import TrainState, abstract_train_state, create_train_state
 
-SCRIPT, METHOD = "train_rm", "Reward model"
+SCRIPT, NAME = "train_rm", "Reward model"
 # Fields of the exported config.json, for whoever wants rewards of mean 0 and spread 1, and the metrics they come from.
 STATISTICS = {"reward_mean": "eval/mean_reward", "reward_std": "eval/reward_std"}
 
@@ -123,15 +123,16 @@ def main(config: Config) -> None:
                 # A step without an evaluation has none.
                 **{field: metrics[name] for field, name in STATISTICS.items() if name in metrics},
             },
-            model_card=model_card(config, METHOD, template, total, metrics, **facts),
+            model_card=model_card(config, NAME, template, total, metrics, **facts),
         )  # fmt: skip
 
-    train(
-        config, run_dir, checkpoints, state, loader, held_out, place, update, loss_of, measure,
-        export, SavedModel("reward", start.cfg, "params", tokenizer, fields={"pad_token_id": pad_id}, dtype=dtype),
-        total=total, method=METHOD, best_by="accuracy",
+    method = Method(
+        name=NAME, place=place, update=update, loss_of=loss_of, measure=measure, export=export,
+        model=SavedModel("reward", start.cfg, "params", tokenizer, fields={"pad_token_id": pad_id}, dtype=dtype),
         bar={"loss": "loss", "accuracy": "accuracy", "eval": "eval/accuracy", "tok/s": "tokens_per_second"},
+        best_by="accuracy",
     )  # fmt: skip
+    train(config, run_dir, checkpoints, state, loader, held_out, method, total)
     if measured:
         say(accuracy_table(measured))
 

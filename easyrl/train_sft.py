@@ -6,7 +6,6 @@ One step of the loop is one batch of answered prompts, packed into rows. docs/sf
 """
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,14 @@ from easyrl.runtime.offline import (
     load_data,
     model_card,
     open_run,
-    train,
 )
+from easyrl.runtime.offline_run import Method, train
 from easyrl.runtime.resume import continue_named
 from easyrl.steps.optimizer import make_optimizer
 from easyrl.steps.sft import SFTBatch, make_sft_eval, make_sft_step, perplexity, place_sft_batch
 from easyrl.steps.state import TrainState, abstract_train_state, create_train_state
 
-SCRIPT, METHOD = "train_sft", "SFT"
+SCRIPT, NAME = "train_sft", "SFT"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +73,10 @@ def main(config: Config) -> None:
     evaluate = make_sft_eval(start.cfg, mesh)
 
     # ------------------------------------------------------------ one step, one evaluation, one export
-    def place(batch: Batch, loader: Loader) -> SFTBatch:
+    def place(batch: Batch) -> SFTBatch:
         mask = batch.mask
         if config.loss_on == "all":
-            mask = np.arange(loader.width) < batch.lengths[:, None] - 1
+            mask = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None] - 1
         return place_sft_batch(batch.tokens, mask, batch.packing, mesh)
 
     def loss_of(params: dict, batch: SFTBatch) -> Mean:
@@ -86,7 +85,7 @@ def main(config: Config) -> None:
     def measure(params: dict, held_out: Loader) -> dict[str, Any]:
         sums: dict[str, Any] = {}
         for batch in held_out_batches(held_out):
-            metrics = evaluate(params, place(batch, held_out))
+            metrics = evaluate(params, place(batch))
             sums = add_metrics(sums, metrics) if sums else metrics
         return sums | {"perplexity": perplexity(sums["loss"])}
 
@@ -97,14 +96,15 @@ def main(config: Config) -> None:
         export_model(
             folder, start.cfg, params, "lm",
             tokenizer=tokenizer, generation_config=generation,
-            model_card=model_card(config, METHOD, template, total, metrics, loss_on=config.loss_on),
+            model_card=model_card(config, NAME, template, total, metrics, loss_on=config.loss_on),
         )  # fmt: skip
 
-    train(
-        config, run_dir, checkpoints, state, loader, held_out, partial(place, loader=loader), update, loss_of, measure,
-        export, SavedModel("lm", start.cfg, "params", tokenizer, generation, dtype=dtype),
-        total=total, method=METHOD, bar={"loss": "loss", "perplexity": "eval/perplexity", "tok/s": "tokens_per_second"},
+    method = Method(
+        name=NAME, place=place, update=update, loss_of=loss_of, measure=measure, export=export,
+        model=SavedModel("lm", start.cfg, "params", tokenizer, generation, dtype=dtype),
+        bar={"loss": "loss", "perplexity": "eval/perplexity", "tok/s": "tokens_per_second"},
     )  # fmt: skip
+    train(config, run_dir, checkpoints, state, loader, held_out, method, total)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def test_eight_devices_give_the_same_run(trained, flags, tmp_path):
 
 
 def test_a_run_that_broke_off_goes_on(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr("easyrl.runtime.offline.write_report", lambda *_: None)
+    monkeypatch.setattr("easyrl.runtime.offline_run.write_report", lambda *_: None)
     short = flags | {"eval_dataset.path": flags["train_dataset.path"], "total_steps": 4, "save_model_freq": 1}
     run_script(train_dpo, short | {"output_dir": tmp_path / "unbroken"})
     run_script(train_dpo, short | {"output_dir": tmp_path / "broken"}, dies_before=3)

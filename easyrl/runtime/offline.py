@@ -1,26 +1,23 @@
-"""What the offline trainers (SFT, reward models, DPO) share: their flags, and everything of a run but its step.
+"""What the offline trainers (SFT, reward models, DPO) share before the first step: their flags, and what is found.
 
-A script finds what there is (`find_start`, `load_data`), builds its own update and evaluation, and hands them to
-`train`.
+A script finds what there is (`find_start`, `load_data`), opens its run (`open_run`), builds its own update and
+evaluation, and hands them to `runtime.offline_run.train`.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from easyrl.core.config import flag, to_dict
-from easyrl.core.distributed import is_first, quiet, say
+from easyrl.core.config import flag
+from easyrl.core.distributed import quiet, say
 from easyrl.core.errors import UserError
-from easyrl.core.masking import Mean
-from easyrl.core.sharding import fetch
 from easyrl.data.dataset import HeldOutConfig, PackedDatasetConfig, load_dataset
 from easyrl.data.loader import Batch, Loader
 from easyrl.data.messages import Message
@@ -30,27 +27,13 @@ from easyrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from easyrl.hf.export import check_replaceable
 from easyrl.hf.model_card import ModelCard
 from easyrl.hf.refs import FoundModel, find_model
-from easyrl.hf.saved import SavedModel
-from easyrl.runtime.checkpoint import Checkpoints, Memory, open_checkpoints
-from easyrl.runtime.evaluation import Evaluation
-from easyrl.runtime.guard import Guard, bad_weights, culprits, listed, terms_of
-from easyrl.runtime.interrupt import stopping_at_signals
-from easyrl.runtime.loop import Hook, StepInfo, run_loop
+from easyrl.runtime.checkpoint import Checkpoints, open_checkpoints
 from easyrl.runtime.metrics import timeless
-from easyrl.runtime.progress import progress_hook
-from easyrl.runtime.recording import save_recording
-from easyrl.runtime.report import write_report
 from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
 from easyrl.runtime.run_dir import RunDir, make_run_dir
-from easyrl.runtime.trackers import start_trackers, tracker_hooks
-from easyrl.runtime.troubles import Troubles
 from easyrl.steps.optimizer import make_schedule, optimizer_facts
-from easyrl.steps.state import TrainState
-
-PlacedBatch = TypeVar("PlacedBatch")
 
 HF_BEST = "hf_best"  # in the run's folder: the export of the weights that did best on held-out data
-BAR = {"loss": "loss", "eval": "eval/loss", "tok/s": "tokens_per_second"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,135 +187,3 @@ def model_card(
         },
         metrics=timeless(metrics),
     )
-
-
-def train(
-    config: OfflineConfig,
-    run_dir: RunDir,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    loader: Loader | PromptDataset,
-    held_out: Loader | PromptDataset | None,
-    place: Callable[[Any], PlacedBatch],
-    update: Callable[[TrainState, PlacedBatch], tuple[TrainState, dict[str, Any]]],
-    loss_of: Callable[[dict, PlacedBatch], Mean],
-    measure: Callable[[dict, Any], dict[str, Any]],
-    export: Callable[[Path, dict, dict[str, float]], None],
-    model: SavedModel,
-    *,
-    total: int,
-    method: str,
-    best_by: str = "loss",
-    bar: dict[str, str] = BAR,
-    hooks: Sequence[Hook] = (),
-    memories: Mapping[str, Memory] | None = None,
-    samples: list[dict[str, Any]] | None = None,
-) -> None:
-    """Runs the steps up to `total` on the loader's batches, with evaluation, checkpoints, exports and the report.
-
-    Args:
-      state: the state after step `checkpoints.start`.
-      place: how a batch gets onto the devices.
-      update: one step on it.
-      loss_of: the loss on it alone, for finding the samples whose loss is not finite.
-      measure: `measure(params, held_out) -> metrics`, called when there are held-out data; `best_by` is the one that
-        picks the best step (see `Evaluation`).
-      export: `export(folder, params, metrics)` writes a model.
-      model: what readers of the checkpoints need to know of it.
-      method: its name for people, as the title of the report.
-      bar: label and name of the metrics that the progress bar shows.
-      hooks: the method's own, called before the others, so that they may add to the metrics.
-      memories: what they remember from step to step, by name.
-      samples: rows for samples.jsonl, to which updates and evaluations append.
-    """
-    run_dir.begin(config, start=checkpoints.start)
-    troubles = Troubles()
-    start = checkpoints.start
-    trackers = start_trackers(config.logger, run_dir, config, start=start, troubles=troubles)
-    rate = learning_rate(config, total)
-    evaluation = Evaluation(
-        run_dir.path / "best.json",
-        None if held_out is None else lambda params: measure(params, held_out),
-        every=config.eval_freq,
-        total=total,
-        best_by=best_by,
-        on_best=partial(export, run_dir.path / HF_BEST) if config.save_best else None,
-        troubles=troubles,
-    )
-
-    def log_samples(step: int) -> None:
-        for tracker in trackers if samples else ():
-            tracker.log_samples(step, samples or ())
-        if samples:
-            samples.clear()
-
-    def numbered_step(state: TrainState, numbered: tuple[int, Any]) -> tuple[TrainState, dict[str, Any]]:
-        number, batch = numbered
-        state, metrics = update(state, place(batch))
-        metrics = metrics | {"learning_rate": rate(number - 1)}
-        if isinstance(batch, Batch):
-            metrics["tokens/padding_share"] = batch.packing.padding_share()
-        if evaluation.due(number):
-            metrics |= evaluation(state.params, number)
-        log_samples(number)
-        return state, metrics
-
-    def export_step(info: StepInfo) -> None:
-        export(run_dir.path / f"hf-{info.step}", info.state.params, info.metrics)
-
-    def finish(info: StepInfo) -> None:
-        with troubles.attempt("the export", "which starting it again would write"):
-            export(run_dir.hf, info.state.params, info.metrics)
-        if is_first():
-            with troubles.attempt("the report", "without it"):
-                write_report(run_dir, method)
-        say(f"model: {run_dir.hf}   report: {run_dir.report}")
-
-    def explain(step: int, metrics: Mapping[str, float], state: TrainState | None) -> str:
-        """What was not finite in a step."""
-        samples = loader.order.samples(step - 1)
-        terms = terms_of(metrics, {"loss": "the loss", "grad_norm": "the gradient"})
-        if state is None:
-            return f"{terms} of a batch of the samples {listed(samples.tolist())}"
-        if bad := bad_weights(state.params):
-            return f"{terms}, from the weights {listed(bad)}"
-        is_bad = lambda some: not np.isfinite(fetch(loss_of(state.params, place(loader.take(some)))).total)
-        alone = culprits(samples, is_bad)
-        return f"{terms} of the samples {listed(alone or samples.tolist())}"
-
-    def keep(step: int, metrics: Mapping[str, float]) -> Path:
-        """The batch of a step as a file for replay."""
-        facts = {"step": step, "total": total, "config": to_dict(config), "metrics": dict(metrics)}
-        return save_recording(
-            run_dir.path / "batches" / f"step-{step}.safetensors", place(loader.batch(step - 1)), facts
-        )
-
-    guard = Guard(config.max_bad_steps, explain, keep)
-    saving = checkpoints.hook(
-        {"evaluation": evaluation, "guard": guard, **(memories or {})}, [model], troubles,
-        total=total, best_by=f"eval/{best_by}",
-    )  # fmt: skip
-    start_metrics = evaluation(state.params, 0) if start == 0 else {}
-    log_samples(0)
-    for tracker in trackers if start_metrics else ():
-        tracker.log(0, start_metrics)
-    with stopping_at_signals(checkpoints.request_stop):
-        run_loop(
-            state,
-            enumerate(loader.batches(start, total), start + 1),
-            numbered_step,
-            start=start,
-            total=total,
-            hooks=[
-                *hooks,
-                progress_hook(total, bar, start=start),
-                *tracker_hooks(trackers, config.log_freq, troubles),
-                guard.hook(),
-                saving,
-                troubles.tolerate(Hook(export_step, every=config.export_freq, needs_state=True), "hf-STEP"),
-                Hook(on_end=finish, close=run_dir.close),
-            ],
-            metrics=checkpoints.metrics,
-        )
-    guard.check()
-    checkpoints.check_end(troubles)
