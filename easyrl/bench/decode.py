@@ -5,7 +5,6 @@ python -m easyrl.bench decode --model=1b --dtype=bf16 --rows=64 --prompt_length=
 """
 
 import dataclasses
-import math
 
 import jax
 import numpy as np
@@ -14,11 +13,11 @@ from easyrl.bench.config import ModelBenchConfig
 from easyrl.bench.measure import Work, run_laps
 from easyrl.bench.models import place_model
 from easyrl.bench.report import benchmark
-from easyrl.bench.shapes import head_flops, trunk_flops
 from easyrl.bench.workloads import w1_prompts
 from easyrl.core.config import flag
 from easyrl.core.sharding import fetch, make_mesh
 from easyrl.models.llama import LlamaConfig
+from easyrl.planning.necessary import ForwardFlops
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.sampling.decode import SamplingConfig, make_sampler
 
@@ -65,8 +64,8 @@ def _work(config: Config, cfg: LlamaConfig) -> Work:
     """Every step reads the layers' and the head's weights once, and the part of the cache that is filled."""
     rows, P, C = config.rows, config.prompt_length, config.new_tokens
     itemsize = np.dtype(cfg.dtype).itemsize
-    weights = (trunk_flops(cfg, np.ones(1)) / 2 + cfg.width * cfg.vocab_size) * itemsize
+    flops = ForwardFlops(cfg)
+    weights = (flops.per_token + flops.head) // 2 * itemsize  # each is multiplied and added once for a token
     token_bytes = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_size * itemsize
     cached = rows * sum(P + step for step in range(1, C))
-    flops = trunk_flops(cfg, np.full(rows, P + C - 1)) + head_flops(cfg, rows * C)
-    return Work(rows, rows * C, flops, C * math.floor(weights) + token_bytes * cached)
+    return Work(rows, rows * C, rows * flops.sequence(P + C - 1, logits=C), C * weights + token_bytes * cached)

@@ -10,12 +10,12 @@ from jax.sharding import Mesh
 
 from easyrl.bench.config import ModelBenchConfig
 from easyrl.bench.measure import Lap, Work, run_laps
-from easyrl.bench.shapes import head_flops, trunk_flops
 from easyrl.bench.workloads import w1_prompts, w2_pairs, w3_pairs
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.data.packing import Packing, pack, rounded_up
 from easyrl.models.llama import LlamaConfig
+from easyrl.planning.necessary import ForwardFlops
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.runtime.run_config import find_shapes
 
@@ -103,13 +103,14 @@ def time_steps(
 
     `lm_head`: whether the answers' tokens need next-token logits.
     """
+    flops = ForwardFlops(cfg)
 
     def step(number: int, timer: PhaseTimer) -> Work:
         nonlocal state
         batch = batches[number]
         state, metrics = update(state, place(batch))
         jax.block_until_ready((state, metrics))
-        flops = trunk_flops(cfg, batch.lengths) + (head_flops(cfg, batch.mask.sum()) if lm_head else 0.0)
-        return Work(config.batch_size, float(batch.lengths.sum()), 3 * flops, places=batch.packing.places)
+        needed = flops.sequences(batch.lengths, logits=batch.mask.sum() if lm_head else 0)
+        return Work(config.batch_size, float(batch.lengths.sum()), 3 * needed, places=batch.packing.places)
 
     return run_laps(step, config.warmup, config.repeats, config.profile)

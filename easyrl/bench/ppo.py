@@ -16,13 +16,13 @@ from easyrl.bench.config import ModelBenchConfig
 from easyrl.bench.measure import Work, run_laps
 from easyrl.bench.models import place_model
 from easyrl.bench.report import benchmark
-from easyrl.bench.shapes import head_flops, trunk_flops
 from easyrl.bench.workloads import END, w1_prompts, w4_prompts
 from easyrl.core.config import flag
 from easyrl.core.sharding import make_mesh, put, replicated
 from easyrl.data.packing import pack
 from easyrl.models.families import param_specs
 from easyrl.models.llama import LlamaConfig
+from easyrl.planning.necessary import ForwardFlops
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.runtime.run_config import find_shapes
 from easyrl.sampling.decode import SamplingConfig, make_sampler
@@ -141,6 +141,6 @@ def _work(cfg: LlamaConfig, sampled: SampledBatch) -> Work:
 
     The head's logits are needed of response tokens alone, by the rollout, two scores, and the policy's update.
     """
-    trunk = trunk_flops(cfg, sampled.lengths)
-    head = head_flops(cfg, sampled.response_lengths.sum())
+    flops = ForwardFlops(cfg)
+    trunk, head = flops.sequences(sampled.lengths), flops.head * int(sampled.response_lengths.sum())
     return Work(len(sampled.lengths), float(sampled.lengths.sum()), (1 + 4 + 6) * trunk + (1 + 2 + 3) * head)

@@ -1,15 +1,9 @@
-"""Named model shapes, and the arithmetic that a model's work on given lengths amounts to."""
+"""Named model shapes."""
 
 import dataclasses
-import math
 from typing import Any
 
-import jax
-import numpy as np
-
 from easyrl.core.errors import UserError
-from easyrl.core.params import is_spec
-from easyrl.models.families import ModelConfig, param_specs
 from easyrl.models.layers import RopeScaling
 from easyrl.models.llama import LlamaConfig
 
@@ -56,26 +50,3 @@ def shape(name: str, **compute: Any) -> LlamaConfig:
     if name not in SHAPES:
         raise UserError(f"--model={name}: expected one of {', '.join(SHAPES)}")
     return dataclasses.replace(SHAPES[name], **compute)
-
-
-def layer_weights(cfg: ModelConfig) -> int:
-    """Numbers in the matrices of all layers: each takes part in one multiplication and addition for every token."""
-    specs = jax.tree.leaves(param_specs(cfg, "lm")["layers"], is_leaf=is_spec)
-    return sum(math.prod(spec.shape) for spec in specs if len(spec.shape) > 2)
-
-
-def trunk_flops(cfg: ModelConfig, lengths: np.ndarray, start: int | np.ndarray = 0) -> float:
-    """Operations of one forward pass over the tokens from `start` on of sequences of `lengths` tokens.
-
-    2 for every weight of a layer and token, and 4 H for every head, query and key at or before it. Norms, rotations
-    and the softmax are left out, as is usual.
-    """
-    lengths, start = np.asarray(lengths, np.float64), np.asarray(start, np.float64)
-    attended = (lengths * (lengths + 1) - start * (start + 1)) / 2
-    attention = 4.0 * cfg.num_layers * cfg.num_heads * cfg.head_size * attended.sum()
-    return 2.0 * layer_weights(cfg) * float((lengths - start).sum()) + float(attention)
-
-
-def head_flops(cfg: ModelConfig, tokens: float) -> float:
-    """Operations of the next-token logits of this many tokens."""
-    return 2.0 * cfg.width * cfg.vocab_size * float(tokens)

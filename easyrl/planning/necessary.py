@@ -6,6 +6,7 @@ recomputes is not necessary, and padding, masked attention and work done on seve
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import jax
 
@@ -49,6 +50,10 @@ class ForwardFlops:
             share = sum(self.cfg.sliding_layers or (True,)) / len(self.cfg.sliding_layers or (True,))
             pairs = share * banded + (1 - share) * full
         return length * self.per_token + pairs * self.per_pair + logits * self.head
+
+    def sequences(self, lengths: Iterable[int], *, logits: float = 0.0) -> float:
+        """A pass over sequences of these lengths, with the logits of `logits` of all their tokens."""
+        return sum(self.sequence(int(length)) for length in lengths) + float(logits) * self.head
 
     def decoding(self, prompt: float, new_tokens: float) -> float:
         """`new_tokens` steps of one token each, behind a prompt of which the cache holds the keys."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from easyrl.core.text import columns
 from easyrl.planning.cost import Cost
 from easyrl.planning.measure import Measured, excess
 from easyrl.planning.phases import ScriptPlan
@@ -122,13 +123,13 @@ def text(report: Report) -> str:
         f"{report.script} on {topology.text}: {topology.num_devices} devices of {limit:.2f} GiB, mesh {axes}",
         "",
         "memory of one device, GiB",
-        *_memory(report),
+        _memory(report),
         "",
         "one step, of one device",
-        *_times(report),
+        _times(report),
         "",
         "collectives of one step, GiB sent by one device",
-        *_collectives(report),
+        _collectives(report),
         "",
     ]
     step = "" if report.seconds is None else f"; a step takes {report.seconds:.3g} s at the least"
@@ -139,20 +140,21 @@ def text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _memory(report: Report) -> list[str]:
+def _memory(report: Report) -> str:
     resident = report.plan.resident_bytes()
     inside = list(dict.fromkeys(kind for m in report.measured for kind in m.inside))
-    rows = [["phase", *resident, *inside, "in all", ""]]
+    rows = []
     for m in report.measured:
         kept = [f"{size / GIB:.3f}" for size in resident.values()]
         made = [f"{m.inside[kind] / GIB:.3f}" if kind in m.inside else "" for kind in inside]
         verdict = "" if report.fits_phase(m) else "does not fit"
         rows.append([m.phase.name, *kept, *made, "" if m.refused else f"{m.peak / GIB:.3f}", verdict])
-    return _columns(rows)
+    return columns(["phase", *resident, *inside, "in all", ""], rows)
 
 
-def _times(report: Report) -> list[str]:
-    rows = [["phase", "runs", "TFLOP", "necessary", "ratio", "GB moved", "GB sent", "s", "bound by", "compiled in"]]
+def _times(report: Report) -> str:
+    head = ["phase", "runs", "TFLOP", "necessary", "ratio", "GB moved", "GB sent", "s", "bound by", "compiled in"]
+    rows = []
     for m in report.measured:
         runs, waste = m.phase.runs, report.waste(m)
         longest = max(m.parts, key=lambda part: part.roofline.seconds or 0.0, default=None)
@@ -176,11 +178,12 @@ def _times(report: Report) -> list[str]:
                 flops, moved, sent, seconds = (f"{number:.4g}" for number in done)
                 name = f"  {part.name or 'prefill'}"
                 rows.append([name, "", flops, "", "", moved, sent, seconds, part.roofline.bound, ""])
-    return _columns(rows)
+    return columns(head, rows)
 
 
-def _collectives(report: Report) -> list[str]:
-    rows = [["phase", "kind", "over", "devices", "count", "GiB", "largest MiB"]]
+def _collectives(report: Report) -> str:
+    head = ["phase", "kind", "over", "devices", "count", "GiB", "largest MiB"]
+    rows = []
     for m in report.measured:
         for row in collectives(m.cost):
             sent = m.phase.runs * row["sent"] / GIB
@@ -189,14 +192,7 @@ def _collectives(report: Report) -> list[str]:
                     [m.phase.name, row["kind"], ",".join(row["axes"]), str(row["group"]),
                      f"{m.phase.runs * row['count']:g}", f"{sent:.3f}", f"{row['largest'] / 2**20:.2f}"]
                 )  # fmt: skip
-    return _columns(rows) if len(rows) > 1 else ["none to speak of"]
-
-
-def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    first = lambda row: row[0].ljust(widths[0])
-    others = lambda row: (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-    return ["  ".join([first(row), *others(row)]).rstrip() for row in rows]
+    return columns(head, rows) if rows else "none to speak of"
 
 
 def advice(report: Report) -> list[str]:

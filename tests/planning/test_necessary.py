@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from easyrl.planning.necessary import ForwardFlops
@@ -22,6 +23,11 @@ def test_a_sequence_is_the_sum_over_its_tokens(window):
     seen = [min(t + 1, window or 99) for t in range(10)]
     pair = 2 * 2 * 4 * 8 * 2  # two products, in both layers
     assert flops.sequence(10, logits=4) == 10 * flops.per_token + sum(seen) * pair + 4 * flops.head
+
+
+def test_a_pass_over_several_sequences_is_the_sum_of_passes():
+    flops = ForwardFlops(CFG)
+    assert flops.sequences(np.array([3, 5]), logits=4) == flops.sequence(3, logits=1) + flops.sequence(5, logits=3)
 
 
 def test_decoding_goes_on_where_the_prompt_ends():
