@@ -31,8 +31,8 @@ from easyrl.data.generations import Candidate, best_row, demonstration_row, gene
 from easyrl.data.prompts import PromptRow, prompt_batch, read_prompts
 from easyrl.data.readers import open_source, parse_split
 from easyrl.data.templates import Template, load_template
-from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id, parse_ids
-from easyrl.hf.refs import find_model, load_weights
+from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id
+from easyrl.hf.refs import find_model, load_weights, stop_ids_of
 from easyrl.rewards.models import find_sources
 from easyrl.rewards.responses import response_batch
 from easyrl.rewards.score import judge_responses
@@ -45,9 +45,8 @@ from easyrl.steps.rollout import join_samples
 
 MOST_SAMPLES = 1024  # answers to a prompt: answer j to prompt i is number i * MOST_SAMPLES + j, whatever N is
 MOST_PROMPTS = 2**32 // MOST_SAMPLES
-NARROWEST = (
-    32  # tokens: prompts are padded to this, or to twice, four times, ... as many, so that few programs are compiled
-)
+# Tokens that prompts are padded to, or to twice, four times, ... as many, so that few programs are compiled.
+NARROWEST = 32
 # Flags that decide how and where a job computes and not what comes out.
 LAYOUT = ("prompts", "output", "batch_size", "mesh_dim", "jax_distributed")
 
@@ -147,8 +146,7 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.tokenizer or str(model.directory or ""))
     check_vocabulary(tokenizer, model.cfg.vocab_size)
     template = load_template(config.template, tokenizer)
-    stop_ids = parse_ids(config.stop_ids, model.cfg.vocab_size, "--stop_ids")
-    stop_ids = stop_ids or tuple(dict.fromkeys((*model.stop_ids, *template.stop_ids)))
+    stop_ids = stop_ids_of(model, template, config.stop_ids)
     prompts, digest = load_prompts(config, template, room)
     longest = max(len(prompt.tokens) for prompt in prompts)
     size = min(config.batch_size, -(-len(prompts) // shards) * shards)

@@ -31,10 +31,10 @@ from easyrl.data.mismatched import mismatched_loader
 from easyrl.data.packing import Shape
 from easyrl.data.prompts import PromptDataset
 from easyrl.data.templates import Template
-from easyrl.data.tokenizer import Tokenizer, check_vocabulary, pad_id, parse_ids
+from easyrl.data.tokenizer import Tokenizer, check_vocabulary, pad_id
 from easyrl.hf.export import export_model, generation_settings
 from easyrl.hf.model_card import ModelCard
-from easyrl.hf.refs import FoundModel, find_model, load_weights
+from easyrl.hf.refs import FoundModel, find_model, load_weights, stop_ids_of
 from easyrl.hf.saved import SavedModel
 from easyrl.models.families import param_specs
 from easyrl.rewards.models import FoundSources, find_sources, named_sources
@@ -203,7 +203,8 @@ def main(config: Config) -> None:
             sums = add_metrics(sums, metrics) if sums else metrics
         return with_margins(sums) if unpaired else with_total_loss(sums, config)
 
-    generation = generation_settings(config.sampling if config.online else None, stop_ids_of(config, begin), tokenizer)
+    stop_ids = stop_ids_of(start, template, config.stop_ids)
+    generation = generation_settings(config.sampling if config.online else None, stop_ids, tokenizer)
 
     def export(folder: Path, params: dict, metrics: dict[str, float]) -> None:
         export_model(
@@ -247,12 +248,6 @@ def card(config: Config, template: Template, total: int, metrics: dict[str, floa
     )
 
 
-def stop_ids_of(config: Config, start: Start) -> tuple[int, ...]:
-    """The tokens that end an answer."""
-    named = parse_ids(config.stop_ids, start.model.cfg.vocab_size, "--stop_ids")
-    return named or tuple(dict.fromkeys((*start.model.stop_ids, *start.template.stop_ids)))
-
-
 def online_pairs(
     config: Config,
     start: Start,
@@ -267,8 +262,8 @@ def online_pairs(
     """The policy's own answers as pairs; `equal_start`: the policy still has the reference's weights."""
     dtype = DTYPES[config.dtype]
     sample = make_sampler(
-        start.model.cfg, config.sampling, stop_ids=stop_ids_of(config, start), pad_id=pad_id(start.tokenizer),
-        logprob_space="model", num_samples=EACH, mesh=mesh,
+        start.model.cfg, config.sampling, stop_ids=stop_ids_of(start.model, start.template, config.stop_ids),
+        pad_id=pad_id(start.tokenizer), logprob_space="model", num_samples=EACH, mesh=mesh,
     )  # fmt: skip
     num_responses = EACH * config.train_dataset.batch_size
     judges = sources.load(mesh, dtype=dtype, batch_size=num_responses, rows=config.micro_batch_size)

@@ -29,10 +29,11 @@ from easyrl.data.dataset import DatasetConfig, HeldOutConfig
 from easyrl.data.packing import pack
 from easyrl.data.prompts import PromptBatch, PromptDataset
 from easyrl.data.templates import load_template
-from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id, parse_ids
+from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id
 from easyrl.hf.export import check_replaceable, export_model, generation_settings
 from easyrl.hf.frozen import check_shared, load_frozen
-from easyrl.hf.refs import FoundModel, find_model, load_weights
+from easyrl.hf.model_card import ModelCard
+from easyrl.hf.refs import FoundModel, find_model, load_weights, stop_ids_of
 from easyrl.hf.saved import LOWEST, SavedModel
 from easyrl.models.branch import join, trained_layers
 from easyrl.rewards.held_out import score_held_out
@@ -46,7 +47,7 @@ from easyrl.runtime.flight import FlightRecorder
 from easyrl.runtime.interrupt import stopping_at_signals
 from easyrl.runtime.loop import Hook, StepInfo, run_loop
 from easyrl.runtime.metrics import PhaseTimer
-from easyrl.runtime.ppo_card import ppo_card
+from easyrl.runtime.ppo_card import ppo_card, value_card
 from easyrl.runtime.progress import progress_hook
 from easyrl.runtime.report import write_report
 from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
@@ -140,6 +141,14 @@ class Config(PPOConfig, RewardConfig, RunConfig):
         """Responses in one step."""
         return self.train_dataset.batch_size * self.rollouts_per_prompt
 
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How responses are drawn."""
+        return SamplingConfig(
+            max_new_tokens=self.max_continuation_len, min_new_tokens=self.min_continuation_len,
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+        )  # fmt: skip
+
 
 def main(config: Config) -> None:
     if not config.load_checkpoint_policy:
@@ -173,8 +182,7 @@ def main(config: Config) -> None:
     check_vocabulary(tokenizer, policy.cfg.vocab_size)
     template = load_template(config.template, tokenizer)
     tokenizer.chat_template = template.jinja  # the export carries the format the policy was trained with
-    stop_ids = parse_ids(config.stop_ids, policy.cfg.vocab_size, "--stop_ids")
-    stop_ids = stop_ids or tuple(dict.fromkeys((*policy.stop_ids, *template.stop_ids)))
+    stop_ids = stop_ids_of(policy, template, config.stop_ids)
     reference_ref = config.load_checkpoint_reference or config.load_checkpoint_policy
     reference = find(reference_ref, "reference" if config.load_checkpoint_reference else "policy")
     if reference.cfg.vocab_size != policy.cfg.vocab_size:
@@ -252,12 +260,8 @@ def main(config: Config) -> None:
     state = checkpoints.restore(abstract_state, first_state)
 
     # ------------------------------------------------------------ device programs
-    sampling = SamplingConfig(
-        max_new_tokens=config.max_continuation_len, min_new_tokens=config.min_continuation_len,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-    )  # fmt: skip
     sample = make_sampler(
-        policy.cfg, sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), logprob_space=config.logprob_space,
+        policy.cfg, config.sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), logprob_space=config.logprob_space,
         num_samples=config.rollouts_per_prompt, mesh=mesh,
     )  # fmt: skip
     forward = functools.partial(make_forward(policy.cfg, reference.cfg, value.cfg, config, mesh), bottom=frozen.bottom)
@@ -359,30 +363,26 @@ def main(config: Config) -> None:
         for tracker in trackers:
             tracker.log_samples(step, sample_rows(phase, responses, scored, count))
 
-    generation = generation_settings(sampling, stop_ids, tokenizer)
+    generation = generation_settings(config.sampling, stop_ids, tokenizer)
+
+    def card(info: StepInfo) -> ModelCard:
+        return ppo_card(config, info.metrics, template, named_sources(config))
 
     def export(info: StepInfo, folder: Path) -> None:
-        card = ppo_card(config, info.metrics, template, named_sources(config))
         export_model(
             folder, policy.cfg, join(frozen.bottom, info.state.policy.params), "lm", dtype=param_dtype,
-            tokenizer=tokenizer, generation_config=generation, model_card=card,
+            tokenizer=tokenizer, generation_config=generation, model_card=card(info),
         )  # fmt: skip
 
     def export_step(info: StepInfo) -> None:
         export(info, run_dir.path / f"hf-{info.step}")
 
     def finish_run(info: StepInfo) -> None:
-        card = dataclasses.replace(
-            ppo_card(config, info.metrics, template, named_sources(config)),
-            title="Value model",
-            summary="Trained by PPO beside the policy: after every token, the reward that is still to be expected.",
-            base_model=value_ref.partition("::")[2],
-        )
         with troubles.attempt("the export", "which starting it again would write"):
             export(info, run_dir.hf)
             export_model(
                 run_dir.path / "hf_value", value.cfg, join(frozen.bottom, info.state.value.params), "value",
-                tokenizer=tokenizer, model_card=card, dtype=param_dtype,
+                tokenizer=tokenizer, model_card=value_card(card(info), value_ref), dtype=param_dtype,
             )  # fmt: skip
         if is_first():
             with troubles.attempt("the report", "without it"):

@@ -18,7 +18,7 @@ from easyrl.core.masking import Mean, add_metrics
 from easyrl.core.sharding import make_mesh
 from easyrl.data.loader import Batch, Loader
 from easyrl.hf.export import export_model, generation_settings
-from easyrl.hf.refs import load_weights
+from easyrl.hf.refs import load_weights, stop_ids_of
 from easyrl.hf.saved import SavedModel
 from easyrl.models.families import param_specs
 from easyrl.runtime.offline import (
@@ -89,8 +89,7 @@ def main(config: Config) -> None:
             sums = add_metrics(sums, metrics) if sums else metrics
         return sums | {"perplexity": perplexity(sums["loss"])}
 
-    stop_ids = tuple(dict.fromkeys((*start.stop_ids, *template.stop_ids)))
-    generation = generation_settings(None, stop_ids, tokenizer)
+    generation = generation_settings(None, stop_ids_of(start, template), tokenizer)
 
     def export(folder: Path, params: dict, metrics: dict[str, float]) -> None:
         export_model(

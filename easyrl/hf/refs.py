@@ -20,6 +20,8 @@ from jax.sharding import Mesh
 from easyrl.core.errors import UserError
 from easyrl.core.params import init_params
 from easyrl.core.text import is_hub_id
+from easyrl.data.templates import Template
+from easyrl.data.tokenizer import parse_ids
 from easyrl.hf import easylm as easylm_files
 from easyrl.hf.families import config_from_hf, read_config, read_pad_id, read_stop_ids
 from easyrl.hf.fields import read_json
@@ -203,6 +205,12 @@ def stored_as(found: FoundModel) -> tuple[str, str]:
     stored = {checkpoint.dtype(name) for name in checkpoint}
     widest = next((dtype for dtype in ("float64", "float32", "bfloat16", "float16") if dtype in stored), "float32")
     return head, "float32" if widest == "float64" or {"bfloat16", "float16"} <= stored else widest
+
+
+def stop_ids_of(found: FoundModel, template: Template, named: str = "") -> tuple[int, ...]:
+    """The ids that end a response: those `named` by --stop_ids, else all that model and template end a text with."""
+    ids = parse_ids(named, found.cfg.vocab_size, "--stop_ids")
+    return ids or tuple(dict.fromkeys((*found.stop_ids, *template.stop_ids)))
 
 
 def open_tensors(found: FoundModel) -> Tensors:

@@ -57,7 +57,7 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
     phases: list[Phase] = []
     if online:
         rewards = reward_phases(config, B, T, mesh, fill)
-        phases = [sampling_phase(config, config.sampling, EACH, "model", mesh, cfg, model.state.params, fill), *rewards]
+        phases = [sampling_phase(config, EACH, "model", mesh, cfg, model.state.params, fill), *rewards]
         resident |= frozen_rewards(rewards)
 
     batch: Any

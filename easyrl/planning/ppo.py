@@ -18,7 +18,6 @@ from easyrl.planning.necessary import ForwardFlops
 from easyrl.planning.phases import Phase, ScriptPlan, pack_plans, packed_loops, remat_share, trained, whole
 from easyrl.planning.rollout import frozen_rewards, reward_phases, reward_refs, sampling_phase
 from easyrl.runtime.run_config import compute_settings, find_shapes
-from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.optimizer import make_optimizer, make_schedule
 from easyrl.steps.ppo import KEPT, PPOState, branch_specs, make_finish, make_forward, make_update
 
@@ -54,14 +53,10 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     kl_coef = whole(mesh, jnp.float32)
     state = PPOState(policy.state, value.state, kl_coef)
 
-    sampling = SamplingConfig(
-        max_new_tokens=config.max_continuation_len, min_new_tokens=config.min_continuation_len,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-    )  # fmt: skip
     rewards = reward_phases(config, B, T, mesh, fill)
     phases = [
         sampling_phase(
-            config, sampling, config.rollouts_per_prompt, config.logprob_space, mesh, policy_cfg,
+            config, config.rollouts_per_prompt, config.logprob_space, mesh, policy_cfg,
             join(bottom, policy.state.params), fill,
         ),
         *rewards,

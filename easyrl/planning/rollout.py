@@ -19,21 +19,20 @@ from easyrl.planning.memory import device_bytes, item_size
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.planning.phases import Phase, pack_plans, packed_loops, whole
 from easyrl.runtime.run_config import compute_settings, find_shapes
-from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.sampling.decode import make_sampler
 from easyrl.sampling.loops import decode_loops
 from easyrl.steps.reward import make_scorer
 
 
 def sampling_phase(
-    config: Any, sampling: SamplingConfig, each: int, logprob_space: str, mesh: Mesh, cfg: ModelConfig, params: dict,
-    fill: float,
-) -> Phase:  # fmt: skip
+    config: Any, each: int, logprob_space: str, mesh: Mesh, cfg: ModelConfig, params: dict, fill: float
+) -> Phase:
     """One call of the sampler, `each` responses to a prompt, all as long as they may be: no row is ever left out."""
     N, P, C = config.train_dataset.batch_size, config.train_dataset.seq_length, config.max_continuation_len
     B = each * N
     check_batch(N, mesh, config.mesh_dim)
     sample = make_sampler(
-        cfg, sampling, stop_ids=parse_ids(config.stop_ids, cfg.vocab_size, "--stop_ids") or (0,),
+        cfg, config.sampling, stop_ids=parse_ids(config.stop_ids, cfg.vocab_size, "--stop_ids") or (0,),
         logprob_space=logprob_space, num_samples=each, mesh=mesh,
     )  # fmt: skip
     host = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)

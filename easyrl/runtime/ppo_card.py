@@ -1,5 +1,6 @@
-"""What the README.md of a model tuned with PPO says."""
+"""What the README.md of the models that PPO has tuned say."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,4 +48,14 @@ def ppo_card(config: Any, metrics: Mapping[str, float], template: Template, rewa
             "seed": config.seed,
         },
         metrics=timeless(metrics),
+    )
+
+
+def value_card(policy: ModelCard, start: str) -> ModelCard:
+    """The card of the value model that was trained beside the policy with this card, from the reference `start`."""
+    return dataclasses.replace(
+        policy,
+        title="Value model",
+        summary="Trained by PPO beside the policy: after every token, the reward that is still to be expected.",
+        base_model=start.partition("::")[2],
     )
