@@ -215,9 +215,9 @@ def category_of(pair: tuple[Generation, Generation], column: str) -> str:
 
 def show(value: Any) -> str:
     """A number, or numbers by name, for people to read."""
-    return (
-        ", ".join(f"{name} {show(part)}" for name, part in value.items()) if isinstance(value, dict) else f"{value:.4g}"
-    )
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {show(part)}" for name, part in value.items())
+    return f"{value:.4g}"
 
 
 if __name__ == "__main__":

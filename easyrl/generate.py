@@ -291,8 +291,8 @@ def summary(config: Config, facts: list[dict[str, Any]], faults: list[str]) -> s
     """What a job says at its end: how many answers ended, how good they are, what was left out."""
     answers = len(facts) * config.each
     dropped = [one["dropped"] for one in facts if one["dropped"]]
-    lines = [f"{config.output}: {len(facts):,} prompts, {sum(one['ended'] for one in facts) / answers:.1%} of "
-             f"{answers:,} answers ended by themselves"]  # fmt: skip
+    ended = sum(one["ended"] for one in facts) / answers
+    lines = [f"{config.output}: {len(facts):,} prompts, {ended:.1%} of {answers:,} answers ended by themselves"]
     scores = [[score for score in one["scores"] if score is not None] for one in facts]
     full = [np.array(of) for of in scores if len(of) == config.each]
     if config.scored and full:

@@ -117,7 +117,7 @@ def main(config: Config) -> None:
     mesh = make_mesh(config.mesh_dim)
     begin = find_start(config)
     start, tokenizer, template = begin
-    found = find_reference(config, start, tokenizer)
+    found_reference = find_reference(config, start, tokenizer)
     unpaired = config.loss == KTO
     sources = None
     shapes: tuple[Shape, ...] = ()
@@ -132,7 +132,7 @@ def main(config: Config) -> None:
         loader, held_out = load_data(config, "labelled" if unpaired else "pair", template, mesh)
     if unpaired:
         say(balance(config, loader.dataset.values))
-    references = [found] if config.reads_reference else []
+    references = [found_reference] if config.reads_reference else []
     judges = [model.found for model in sources.models] if sources else []
     run_dir, checkpoints = open_run(config, SCRIPT, loader, [*references, *judges])
 
@@ -145,10 +145,10 @@ def main(config: Config) -> None:
         params = load_weights(start, mesh, head="lm", dtype=dtype, seed=config.seed, trained=True)
     reference = None
     if config.reads_reference:
-        frozen = (
-            params if itself else load_weights(found, mesh, head="lm", dtype=DTYPES[config.dtype], seed=config.seed)
-        )
-        reference = make_reference(found.cfg, frozen, mesh)
+        frozen = params
+        if not itself:
+            frozen = load_weights(found_reference, mesh, head="lm", dtype=DTYPES[config.dtype], seed=config.seed)
+        reference = make_reference(found_reference.cfg, frozen, mesh)
         del frozen
 
     def placer(loader: Loader, name: str) -> Placer:
@@ -170,8 +170,8 @@ def main(config: Config) -> None:
     place_held_out: Any = None
     pairs = None
     if sources is not None:
-        itself = not config.load_checkpoint_reference and not checkpoints.start
-        pairs = online_pairs(config, begin, loader, sources, reference, mesh, shapes, equal_start=itself)
+        equal_start = not config.load_checkpoint_reference and not checkpoints.start
+        pairs = online_pairs(config, begin, loader, sources, reference, mesh, shapes, equal_start=equal_start)
     else:
         place = placer(loader, "train_dataset")
         place_held_out = placer(held_out, "eval_dataset") if held_out else place

@@ -36,8 +36,10 @@ class Mismatched(Dataset):
         for store in self.stores:
             distance, equal = find_distance(prompt_ids(store, seq_length))
             if equal:
-                say(f"note: {store.report.name}: {equal:,} of {len(store):,} rows have no answer to another prompt: "
-                    "KTO's z0 takes theirs to the same one")  # fmt: skip
+                say(
+                    f"note: {store.report.name}: {equal:,} of {len(store):,} rows have no answer to another prompt: "
+                    "KTO's z0 takes theirs to the same one"
+                )
             self._distances[store] = distance
             answers = np.roll(store.lengths - store.prompt_lengths, -distance)
             lengths.append(answers + np.minimum(store.prompt_lengths, seq_length - answers))

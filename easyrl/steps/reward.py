@@ -1,8 +1,8 @@
 """Reward models: an optimizer step on scored sequences, evaluation, and scoring.
 
 A score is the scalar head's output at a sequence's last real token that is not `pad_id`, the pad token that the model's
-config.json names, if any (`last_tokens`). Sequences run packed, and each group of rows hands
-its scores to the losses of `algos.preference`, whose means are over all pairs (or sequences) of the batch.
+config.json names, if any (`last_tokens`). Sequences run packed, and each group of rows hands its scores to the losses
+of `algos.preference`, whose means are over all pairs (or sequences) of the batch.
 
 A pair's loss couples two scores, and both get their gradient from one forward pass; so both sequences of a pair must be
 in one group, and `place_reward_batch` refuses any other plan. The alternative, one pass for all scores and a second one
