@@ -79,7 +79,9 @@ class Config(SamplingConfig, ScoreConfig):
         "worst", "The worse one of --make=preferences: the worst, or a random one that scores lower than the best.",
         choices=best_of_n.REJECTED,
     )  # fmt: skip
-    max_continuation_len: int = flag(0, "What train_ppo calls --max_new_tokens. 0: --max_new_tokens.", least=0)
+    max_continuation_len: int = flag(
+        0, "--max_new_tokens by the name that train_ppo has for it. 0: as --max_new_tokens says.", least=0
+    )
     max_prompt_length: int = flag(
         0, "Tokens of a prompt that are read; a longer one loses its beginning. 0: all that the model has room for.",
         least=0,
