@@ -68,8 +68,8 @@ class Loader:
         self._lengths = dataset.lengths.reshape(-1, dataset.per_sample)  # of the sequences of each sample
         longest = int(self._lengths.max())
         if config.row_length and config.row_length < longest:
-            found = f"expected at least {longest}, the tokens of the longest sequence"
-            raise UserError(f"--{name}.row_length={config.row_length}: {found}")
+            found = f"expected at least {longest}, the tokens of the longest sequence of --{name}"
+            raise UserError(f"--train_dataset.row_length={config.row_length}: {found}")  # of held-out data too
         stream = Stream(dataset.sizes, seed, weights=dataset.weights, shuffle=config.shuffle)
         self.order: Order
         if config.batch_rows:

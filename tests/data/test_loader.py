@@ -165,7 +165,5 @@ def test_the_summary_says_what_happened(write_rows, template):
 def test_what_cannot_be_batched(pairs, template):
     with pytest.raises(UserError, match=r"--train_dataset.path=.*: found 30 samples, fewer than .*batch_size=31"):
         loader(pairs, template, settings={"batch_size": 31})
-    with pytest.raises(
-        UserError, match=r"--eval.row_length=20: expected at least \d+, the tokens of the longest sequence"
-    ):
-        loader(pairs, template, settings={"row_length": 20}, name="eval")
+    with pytest.raises(UserError, match=r"--train_dataset.row_length=20: expected at least \d+, .* of --eval_dataset$"):
+        loader(pairs, template, settings={"row_length": 20}, name="eval_dataset")
