@@ -9,6 +9,7 @@ from collections.abc import Collection
 from jax.sharding import Mesh
 
 from easyrl.core.errors import UserError
+from easyrl.data.messages import Message
 from easyrl.data.templates import Template, load_template
 from easyrl.data.tokenizer import check_vocabulary, fingerprint, load_tokenizer
 from easyrl.hf.refs import FoundModel, find_model, load_weights
@@ -17,6 +18,8 @@ from easyrl.rewards.sources import Source, function_sources, model_source, retok
 from easyrl.steps.reward import SequenceScorer
 
 FLAG = "--load_checkpoint_reward"
+# A text has as many tokens at most, as a rule, for a reward model's tokenizer as for the policy's, times this.
+TOKENS_FOR_ONE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +40,9 @@ def find_reward_models(
 
     A model whose tokenizer is the policy's scores the sampled tokens as they are, unless `template_name` asks for
     another chat template; one with a tokenizer of its own gets the conversation rendered with `template_name` (empty:
-    the tokenizer's own template) and encoded anew, up to `max_length` tokens. Raises UserError naming
-    --load_checkpoint_reward or the file at fault.
+    the tokenizer's own template) and encoded anew. `max_length` is the policy's: of a prompt with its response. Encoded
+    anew these may be longer: there is room for `TOKENS_FOR_ONE` times as many tokens beside those of the template, as
+    far as the model reads. Raises UserError naming --load_checkpoint_reward or the file at fault.
     """
     models = []
     for number, ref in enumerate(ref.strip() for ref in refs.split(",") if refs.strip()):
@@ -49,6 +53,8 @@ def find_reward_models(
         template, length = None, min(max_length, found.cfg.max_positions)
         if template_name or not same_tokens:
             template = load_template(template_name or "tokenizer", own, "--reward_template")
+            written = len(template.encode_prompt((Message("user", "a"),)))
+            length = min(TOKENS_FOR_ONE * max_length + written, found.cfg.max_positions)
         elif length < max_length:
             raise UserError(f"{FLAG}={ref}: reads up to {length} tokens, a prompt and its response take {max_length}")
         models.append(RewardModel(f"reward{number + 1 if number else ''}", found, template, same_tokens, length))
