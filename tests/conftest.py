@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.xla import QUICK
+from tests.xla import QUICK, compile_quickly_alone
 
 # JAX keeps millions of small objects, which Python would go through again and again: a tenth of the tests' time.
 gc.set_threshold(100_000, 20, 20)
@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    compile_quickly_alone()
     if way := config.getoption("--attention"):
         from tests import attention  # starts JAX, for which the environment above had to be set
 
