@@ -124,13 +124,32 @@ def test_a_step_is_that_of_dpo_on_the_same_pairs(folder, missing_eos):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), results[0][1], results[1][1])
 
 
+def drawn(letters):
+    """Samples that say one token of `letters` [2B] all the time."""
+    zeros, lengths = np.zeros((2 * B, C), np.float32), np.full(2 * B, C, np.int32)
+    answers = np.repeat(letters[:, None], C, axis=1).astype(np.int32)
+    return Samples(answers, lengths, zeros, zeros, lengths < 0, np.int32(C))
+
+
+def test_other_held_out_data_have_a_start_of_their_own(folder, tmp_path):
+    """A run that goes on with a longer file is not compared with answers to other prompts."""
+    pairs, model, _ = pairs_for(folder, make_mesh("1,1,1", jax.devices()[:1]))
+    pairs._sample = lambda *given: drawn(np.full(2 * B, 5))
+    shares = []
+    for count, score in ((4, 1.0), (4, 2.0), (6, 3.0), (6, 4.0)):
+        rows = write_rows(tmp_path / "eval.jsonl", [{"prompt": word} for word in WORDS[:count]])
+        data = DatasetConfig(path=str(rows), seq_length=P, batch_size=B)
+        held_out = PromptDataset(data, pairs._prompts.template, 0, keep_last=True)
+        pairs._sources = [Source("score", lambda batch, score=score: (np.full(len(batch), score), {}))]
+        shares.append(pairs.measure(model.params, held_out)["win_share"])
+        pairs.recall(json.loads(json.dumps(pairs.remember())))
+    assert shares == [0.5, 1.0, 0.5, 1.0]
+
+
 def test_equal_answers_make_no_pair(folder):
     """Though their scores differ by rounding."""
     pairs, model, _ = pairs_for(folder, make_mesh("1,1,1", jax.devices()[:1]))
-    zeros = np.zeros((2 * B, C), np.float32)
-    answers = np.where(np.arange(2 * B)[:, None] == 1, 4, np.full((2 * B, C), 5, np.int32))  # those of the first differ
-    lengths = np.full(2 * B, C, np.int32)
-    pairs._sample = lambda *given: Samples(answers, lengths, zeros, zeros, lengths < 0, np.int32(C))
+    pairs._sample = lambda *given: drawn(np.where(np.arange(2 * B) == 1, 4, 5))  # those of the first differ
     pairs._sources = [Source("noise", lambda batch: (1 + 1e-6 * np.arange(len(batch)), {}))]
     pairs._reference = None
     batch, metrics = pairs.draw(model.params, PromptNumbers(np.arange(B), np.asarray(0)))

@@ -111,16 +111,16 @@ class OnlinePairs:
         self._key = jax.random.key(seed)
         self._batch_size = len(prompts.batch(0).samples)
         self._width = prompts.prompt_length + config.max_continuation_len
-        self._start_scores: list[float] = []
+        self._start: dict[str, Any] = {}  # of the first evaluation: the fingerprint of its data, its scores
         self.samples: list[dict[str, Any]] = []  # rows for samples.jsonl; whoever writes them empties it
 
-    def remember(self) -> list[float]:
-        """The scores of the policy's first evaluation, for a checkpoint."""
-        return self._start_scores
+    def remember(self) -> dict[str, Any]:
+        """The scores of the policy's first evaluation, and of which data, for a checkpoint."""
+        return self._start
 
-    def recall(self, remembered: list[float] | None) -> None:
+    def recall(self, remembered: dict[str, Any]) -> None:
         """Goes on from what `remember` gave."""
-        self._start_scores = list(remembered or ())
+        self._start = remembered
 
     def place(self, batch: PromptBatch) -> PromptNumbers:
         """What of a batch decides its pairs."""
@@ -217,7 +217,8 @@ class OnlinePairs:
         """How the policy does on held-out prompts, with the same randomness every time.
 
         `win_share` is the share of responses that score higher than that of the policy's first evaluation to the same
-        prompt, ties counted half.
+        prompt, ties counted half. A run that went on with other held-out data compares with its first evaluation of
+        these.
         """
         scores: list[float] = []
 
@@ -229,7 +230,9 @@ class OnlinePairs:
 
         metrics, responses, judged = score_held_out(held_out, self._batch_size, score)
         self.samples += sample_rows("eval", responses, judged, 4 * self._config.logged_samples)
-        self._start_scores = self._start_scores or scores
-        wins = 0.5 + 0.5 * np.sign(np.subtract(scores, self._start_scores))[: EACH * len(held_out)]
+        data = held_out.dataset.fingerprint
+        if self._start.get("data") != data:
+            self._start = {"data": data, "scores": scores}
+        wins = 0.5 + 0.5 * np.sign(np.subtract(scores, self._start["scores"]))[: EACH * len(held_out)]
         metrics["eval/win_share"] = float(np.nanmean(wins))
         return {name.removeprefix("eval/"): value for name, value in metrics.items()}  # the caller names them so
