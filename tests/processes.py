@@ -93,6 +93,7 @@ def run_processes(
 def told(text: str) -> list[str]:
     """The lines of a process, without those of the library that carries messages between CPUs.
 
-    Its threads write at once, so one of its lines may have lost its start to another.
+    Its threads write at once, so one of its lines may have lost its start, or all but its end, to another.
     """
-    return [line for line in text.splitlines() if "peer ranks" not in line and not line.startswith("[Gloo]")]
+    lines = [line for line in text.splitlines() if line]
+    return [line for line in lines if "peer ranks" not in line and not line.startswith("[Gloo]")]
