@@ -18,6 +18,7 @@ from easyrl.bench.models import place_model
 from easyrl.bench.report import benchmark
 from easyrl.bench.workloads import END, w1_prompts, w4_prompts
 from easyrl.core.config import flag
+from easyrl.core.errors import UserError
 from easyrl.core.sharding import make_mesh, put, replicated
 from easyrl.data.packing import pack
 from easyrl.models.families import param_specs
@@ -70,6 +71,9 @@ def main(config: Config) -> None:
         )  # fmt: skip
     new_tokens = {"w1": 128, "w4": 256}.get(config.workload, config.new_tokens)
     num_samples, width = len(batches[0]), longest + new_tokens
+    if num_samples % config.mini_batch_size:
+        size = f"--mini_batch_size={config.mini_batch_size}"
+        raise UserError(f"{size}: expected a divisor of {num_samples}, the responses of an iteration")
     shapes, update_shapes = (
         find_shapes(config, mesh, width, sequences=sequences) for sequences in (num_samples, config.mini_batch_size)
     )

@@ -59,14 +59,15 @@ def test_rows_that_devices_cannot_share_are_one_line(kind):
 
 
 @pytest.mark.parametrize(
-    ("flags", "complaint"),
+    ("kind", "flags", "complaint"),
     [
-        (["--batch_size=65"], "--batch_size=65: --workload=w2 has 64 samples, expected at most as many"),
-        (["--json=/dev/null/figures.json"], "--json=/dev/null/figures.json: cannot be written"),
+        ("dpo", ["--batch_size=65"], "--batch_size=65: --workload=w2 has 64 samples, expected at most as many"),
+        ("dpo", ["--json=/dev/null/figures.json"], "--json=/dev/null/figures.json: cannot be written"),
+        ("ppo", ["--mini_batch_size=5"], "--mini_batch_size=5: expected a divisor of 16"),
     ],
 )
-def test_what_is_wrong_is_one_line(flags, complaint):
-    module = importlib.import_module("easyrl.bench.dpo")
+def test_what_is_wrong_is_one_line(kind, flags, complaint):
+    module = importlib.import_module(f"easyrl.bench.{kind}")
     with pytest.raises(UserError, match=f"^{complaint}"):
         module.main(load_config(module.Config, ["--model=debug", *flags]))
 
