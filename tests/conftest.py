@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.xla import QUICK, compile_quickly_alone
+from tests.xla import QUICK, keep_programs_of_one_device
 
 # JAX keeps millions of small objects, which Python would go through again and again: a tenth of the tests' time.
 gc.set_threshold(100_000, 20, 20)
@@ -36,9 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    compile_quickly_alone()
+    from easyrl.core.platform import give_virtual_devices_threads  # imports JAX: the environment had to be set before
+
+    keep_programs_of_one_device()
+    give_virtual_devices_threads()
     if way := config.getoption("--attention"):
-        from tests import attention  # starts JAX, for which the environment above had to be set
+        from tests import attention  # starts JAX
 
         attention.use(way)
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests.source import REPO
-from tests.xla import QUICK, QUICK_ALONE
+from tests.xla import QUICK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Processes:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         together = {"initialize_jax_distributed": True, "coordinator_address": f"127.0.0.1:{port}"}
-        xla = f"--xla_force_host_platform_device_count={devices} {QUICK_ALONE if devices * count == 1 else QUICK}"
+        xla = f"--xla_force_host_platform_device_count={devices} {QUICK}"
         environment = {**os.environ, "XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **(env or {})}
+        environment.pop("PJRT_NPROC", None)  # was chosen for the devices of this process
         folder.mkdir(parents=True, exist_ok=True)
         self.started = []
         for number in range(count):

@@ -39,7 +39,7 @@ from easyrl.runtime.metrics import timeless
 from tests.offline import TINY, write_rows
 from tests.train_ppo.conftest import TINY as TINY_PPO
 from tests.train_ppo.conftest import write_model
-from tests.xla import QUICK_ALONE
+from tests.xla import QUICK
 
 WORDS = ["sun", "river", "old dog", "why", "tell me", "a b", "blue", "go on"]
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": train_ppo}
@@ -64,7 +64,7 @@ def main(config: Config) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     # One device, and no time spent on optimising programs that run for a second; JAX starts in the children only.
-    os.environ |= {"EASYRL_CACHE": str(folder / "cache"), "XLA_FLAGS": QUICK_ALONE}
+    os.environ |= {"EASYRL_CACHE": str(folder / "cache"), "XLA_FLAGS": QUICK}
     wait(start(lambda: write_materials(folder), folder / "materials.log"))
     chance, failures = random.Random(config.seed), 0
     for name in config.trainers.split(","):

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easyrl.core.config import flag, flag_values
 from easyrl.core.errors import RunFailed, RunStopped, UserError, tell
+from easyrl.core.platform import keep_no_programs
 from easyrl.core.sharding import fetch
 
 T = TypeVar("T")
@@ -75,6 +76,8 @@ class DistributedConfig:
         if not several():
             yield
             return
+        if jax.default_backend() == "cpu":
+            keep_no_programs()
         try:
             check_same_flags(config)
             yield

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -11,6 +12,11 @@ import jax
 # the flag, and an unknown flag ends the process.
 CPU_FLAGS = "--xla_cpu_experimental_ynn_fusion_type="
 KNOWN = ((0, 10),)
+
+# XLA runs all virtual CPU devices on one pool, of as many threads as there are devices. A device can need more than one
+# (a layer's collective and one beside the loop), and where all wait for members that find no thread, the run is stuck.
+THREADS_A_DEVICE = 4
+VIRTUAL_DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
 def prepare_platform() -> None:
@@ -26,3 +32,24 @@ def prepare_platform() -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if jax.__version_info__[:2] in KNOWN:
         os.environ.setdefault("XLA_FLAGS", CPU_FLAGS)
+    if give_virtual_devices_threads():
+        keep_no_programs()
+
+
+def give_virtual_devices_threads() -> bool:
+    """Makes XLA's pool of threads large enough where XLA_FLAGS asks for virtual CPU devices; whether it does."""
+    virtual = VIRTUAL_DEVICES.search(os.environ.get("XLA_FLAGS", ""))
+    if virtual is None or int(virtual[1]) == 1:
+        return False
+    threads = max(os.cpu_count() or 1, THREADS_A_DEVICE * int(virtual[1]))
+    os.environ.setdefault("PJRT_NPROC", str(threads))
+    return True
+
+
+def keep_no_programs() -> None:
+    """Has nothing read from or written to the cache of compiled programs: for runs on several CPU devices.
+
+    A CPU program that XLA reads back has lost the order of its collectives (jaxlib 0.10), and devices that come to two
+    of them in different orders wait for each other for ever.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)

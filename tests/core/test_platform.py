@@ -1,6 +1,8 @@
 """Settings made before JAX starts leave what the environment says alone."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -8,17 +10,19 @@ import pytest
 
 from easyrl.core.errors import UserError
 from easyrl.core.files import cache_folder
-from easyrl.core.platform import CPU_FLAGS, prepare_platform
+from easyrl.core.platform import CPU_FLAGS, THREADS_A_DEVICE, prepare_platform
 
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
     """The settings of JAX and of the environment as they were."""
-    before = (jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
+    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "enable_compilation_cache")
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_something")  # nothing of this process's virtual devices
     monkeypatch.setattr("easyrl.core.platform.KNOWN", (jax.__version_info__[:2],))
     yield
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
@@ -51,7 +55,6 @@ def test_a_cache_that_the_environment_names_stays(monkeypatch):
 
 
 def test_flags_are_set_where_none_are_given_and_the_version_knows_them(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_something")
     prepare_platform()
     assert os.environ["XLA_FLAGS"] == "--xla_something"
     monkeypatch.delenv("XLA_FLAGS")
@@ -61,3 +64,30 @@ def test_flags_are_set_where_none_are_given_and_the_version_knows_them(monkeypat
     monkeypatch.setattr("easyrl.core.platform.KNOWN", ())
     prepare_platform()
     assert "XLA_FLAGS" not in os.environ
+
+
+def test_virtual_devices_have_threads_to_spare_and_keep_no_programs(monkeypatch):
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_something --xla_force_host_platform_device_count=1")
+    prepare_platform()
+    assert "PJRT_NPROC" not in os.environ
+    assert jax.config.jax_enable_compilation_cache
+    monkeypatch.setenv("XLA_FLAGS", "--xla_something --xla_force_host_platform_device_count=16 --xla_more")
+    prepare_platform()
+    assert int(os.environ["PJRT_NPROC"]) >= THREADS_A_DEVICE * 16
+    assert not jax.config.jax_enable_compilation_cache
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    prepare_platform()
+    assert os.environ["PJRT_NPROC"] == "3"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_the_pool_of_threads_is_as_large_as_was_asked_for():
+    show = (
+        "from easyrl.core.platform import prepare_platform; prepare_platform()\n"
+        "import jax, os; jax.devices(); print(len(os.listdir('/proc/self/task')))"
+    )
+    flags = "--xla_force_host_platform_device_count=20"
+    env = {k: v for k, v in os.environ.items() if k != "PJRT_NPROC"} | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    threads = subprocess.run([sys.executable, "-c", show], env=env, capture_output=True, text=True, check=True).stdout
+    assert int(threads) >= THREADS_A_DEVICE * 20

@@ -15,7 +15,7 @@ from easyrl.core.errors import UserError
 from tests.train_ppo.conftest import Materials, arguments, to_argv, write_model
 from tests.train_ppo.wrong_models import MODELS, TEXT
 from tests.train_ppo.wrong_settings import DATA, FLAGS, LAYOUT, PLACES, REWARDS
-from tests.xla import QUICK_ALONE
+from tests.xla import QUICK
 
 TABLE = MODELS | TEXT | DATA | REWARDS | FLAGS | LAYOUT | PLACES
 
@@ -84,7 +84,7 @@ def test_a_process_prints_the_line_and_exits_with_2(name, materials, tmp_path):
     change, message = TABLE[name]
     flags = arguments(materials) | {"output_dir": tmp_path / "run", **change(Bench(materials, tmp_path))}
     path = os.pathsep.join((str(materials.folder), os.environ["PYTHONPATH"]))
-    env = {"XLA_FLAGS": QUICK_ALONE, "PYTHONPATH": path, "EASYRL_CACHE": str(materials.folder / "cache")}
+    env = {"XLA_FLAGS": QUICK, "PYTHONPATH": path, "EASYRL_CACHE": str(materials.folder / "cache")}
     ended = subprocess.run(
         [sys.executable, "-m", "easyrl.train_ppo", *to_argv(flags)],
         env=os.environ | env,
