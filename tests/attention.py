@@ -18,6 +18,7 @@ def use(way: str) -> None:
         long_attention.LONG_BLOCK = long_attention.LANES = BLOCK
         long_attention.SHORT = 0
         return
+    long_attention.sees_stems = lambda attention, device: False
     trunk.choose = choose_splash
     trunk.attend_by_splash = attend_padded
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,10 @@ from easyrl.bench.measure import Lap, Work, run_laps
 from easyrl.bench.workloads import w1_prompts, w2_pairs, w3_pairs
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
-from easyrl.data.packing import Packing, pack, rounded_up
+from easyrl.data.alike import tokens_alike
+from easyrl.data.packing import TRIAL_STEPS, Packing, Units, choose_shapes, pack, rounded_up
 from easyrl.models.llama import LlamaConfig
+from easyrl.models.long_attention import sees_stems
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.runtime.run_config import find_shapes
@@ -30,7 +33,8 @@ class OfflineBenchConfig(ModelBenchConfig):
     )  # fmt: skip
     batch_size: int = flag(8, "Samples of a step.", least=1)
     seq_length: int = flag(2048, "Tokens of a sequence, for --workload=fixed.", least=2)
-    row_length: int = flag(0, "Tokens of the longest packed rows. 0: as many as the longest sequence has.", least=0)
+    row_length: int = flag(0, "Tokens of the longest packed rows. 0: as a trainer chooses them.", least=0)
+    share_prompts: bool = flag(True, "Compute the prompt of a pair once for both its answers.")
     lr: float = flag(1e-6, "Learning rate.", least=0)
 
 
@@ -41,6 +45,7 @@ class HostBatch(NamedTuple):
     lengths: np.ndarray  # int32 [B]
     prompt_lengths: np.ndarray  # int32 [B]
     mask: np.ndarray  # bool [B, T], True at t where tokens[b, t + 1] is one of an answer
+    alike: np.ndarray  # int [samples], tokens with which the sequences of each begin alike and which are computed once
     packing: Packing
 
 
@@ -53,6 +58,7 @@ class HostBatches:
 
     def __init__(self, config: OfflineBenchConfig, cfg: LlamaConfig, mesh: Mesh, per_sample: int):
         self._size, self._per_sample = config.batch_size, per_sample
+        self._share = config.share_prompts and sees_stems(cfg.attention, mesh.devices.flat[0])
         self._sequences = _sequences(config, cfg.vocab_size, per_sample)
         self.number = len(self._sequences) // config.batch_size
         if not self.number:
@@ -61,10 +67,21 @@ class HostBatches:
         self._width = max(len(tokens) for sample in self._sequences for tokens, _ in sample)
         if config.row_length and config.row_length < self._width:
             raise UserError(f"--row_length={config.row_length}: expected at least {self._width}, the longest sequence")
-        longest, sequences = config.row_length or rounded_up(self._width), per_sample * config.batch_size
-        self._shapes = find_shapes(config, mesh, longest, together=per_sample, sequences=sequences)
+        shapes_for = partial(find_shapes, config, mesh, together=per_sample, sequences=per_sample * config.batch_size)
+        if config.row_length:
+            self._shapes = shapes_for(config.row_length)
+        else:
+            arrays = [self._arrays(number) for number in range(min(self.number, TRIAL_STEPS))]
+            trials = [Units(lengths, per_sample, alike) for _, lengths, _, _, alike in arrays]
+            self._shapes = choose_shapes(shapes_for, rounded_up(self._width), trials)
 
     def __getitem__(self, number: int) -> HostBatch:
+        tokens, lengths, prompt_lengths, mask, alike = self._arrays(number)
+        packing = pack(lengths, self._width, self._shapes, together=self._per_sample, alike=alike)
+        return HostBatch(tokens, lengths, prompt_lengths, mask, alike, packing)
+
+    def _arrays(self, number: int) -> tuple[np.ndarray, ...]:
+        """A `HostBatch` but for its packing."""
         start = number % self.number * self._size
         sequences = [sequence for sample in self._sequences[start : start + self._size] for sequence in sample]
         tokens = np.zeros((len(sequences), self._width), np.int32)
@@ -74,8 +91,9 @@ class HostBatches:
             lengths[row], prompt_lengths[row] = len(ids), prompt_length
             tokens[row, : len(ids)] = ids
             mask[row, prompt_length - 1 : len(ids) - 1] = True
-        packing = pack(lengths, self._width, self._shapes, together=self._per_sample)
-        return HostBatch(tokens, lengths, prompt_lengths, mask, packing)
+        shared = self._share and self._per_sample == 2
+        alike = tokens_alike(tokens, mask, lengths) if shared else np.zeros(self._size, int)
+        return tokens, lengths, prompt_lengths, mask, alike
 
 
 def _sequences(config: OfflineBenchConfig, vocab_size: int, per_sample: int) -> list[list[tuple[np.ndarray, int]]]:
@@ -111,6 +129,7 @@ def time_steps(
         state, metrics = update(state, place(batch))
         jax.block_until_ready((state, metrics))
         needed = flops.sequences(batch.lengths, logits=batch.mask.sum() if lm_head else 0)
+        needed -= flops.sequences(batch.alike)
         return Work(config.batch_size, float(batch.lengths.sum()), 3 * needed, places=batch.packing.places)
 
     return run_laps(step, config.warmup, config.repeats, config.profile)

@@ -89,6 +89,10 @@ class PackedDatasetConfig(DatasetConfig):
         "Packed rows in one batch, which takes as many samples as fit in; 0: batch_size samples in any number of rows.",
         least=0,
     )
+    share_prompts: bool = flag(
+        True,
+        "Compute the prompt of a pair once for both its answers, where they fit in one row. The splash kernel cannot.",
+    )
 
     @property
     def limits(self) -> Limits:

@@ -7,14 +7,23 @@ import grain
 import numpy as np
 
 from easyrl.core.errors import UserError
+from easyrl.data.alike import tokens_alike
 from easyrl.data.dataset import Dataset, PackedDatasetConfig
 from easyrl.data.order import Order, RowOrder, SampleOrder, Stream
-from easyrl.data.packing import Packing, Shape, group_shapes, pack, rounded_up
+from easyrl.data.packing import (
+    TRIAL_STEPS,
+    Packing,
+    Shape,
+    Units,
+    choose_shapes,
+    group_shapes,
+    pack,
+    padding_share,
+    rounded_up,
+)
 from easyrl.data.report import table
 
 PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-TRIAL_STEPS = 10  # packed to compare row lengths
-MUCH_PADDING = 0.05  # from which on longer rows, in which attention costs more, are worth it
 SUMMARY_STEPS = 50  # packed for the padding share that is reported
 
 
@@ -45,6 +54,8 @@ class Loader:
       find_shapes: what of the arguments of `group_shapes` depends on the run is given. They decide how samples are
         packed, never which samples a step sees.
       keep_last: whether the rest of an epoch makes a last batch, filled up; evaluation wants it, training does not.
+      stems: whether the model can compute what the sequences of a pair begin with once for both (`core.segments`);
+        the flag --train_dataset.share_prompts says whether it is to.
       packed: False gives every sequence a row of its own, for comparison.
 
     Raises UserError when an epoch has no batch, or a packed row cannot hold a sample.
@@ -59,12 +70,14 @@ class Loader:
         name: str = "train_dataset",
         find_shapes: Callable[..., tuple[Shape, ...]] = group_shapes,
         keep_last: bool = False,
+        stems: bool = True,
         packed: bool = True,
     ):
         self.dataset = dataset
         self.width = config.seq_length
         self.find_shapes = find_shapes
         self._packed = packed
+        self._share = packed and stems and config.share_prompts and dataset.per_sample == 2
         self._lengths = dataset.lengths.reshape(-1, dataset.per_sample)  # of the sequences of each sample
         longest = int(self._lengths.max())
         if config.row_length and config.row_length < longest:
@@ -80,12 +93,10 @@ class Loader:
         if self.order.steps(0) == 0:
             found = f"found {len(dataset)} samples, fewer than --{name}.batch_size={config.batch_size}"
             raise UserError(f"--{name}.path={config.path}: {found}")
-        longest = config.row_length or rounded_up(longest)
-        self.shapes = self._shapes(longest)
-        if not config.row_length and (padding := self._padding(self.shapes, TRIAL_STEPS)) > MUCH_PADDING:
-            longer = self._shapes(2 * longest)
-            if self._padding(longer, TRIAL_STEPS) < padding:
-                self.shapes = longer
+        if config.row_length:
+            self.shapes = self._shapes(config.row_length)
+        else:
+            self.shapes = choose_shapes(self._shapes, rounded_up(longest), self._first_batches(TRIAL_STEPS))
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`, counted from 0 over all epochs."""
@@ -93,19 +104,14 @@ class Loader:
 
     def take(self, samples: np.ndarray) -> Batch:
         """The batch of the samples with these numbers, -1 standing for a filler; at most as many as in any batch."""
-        size, per_sample = self.order.most_samples, self.dataset.per_sample
-        samples = np.concatenate([samples, np.full(size - len(samples), -1)])
-        tokens = np.zeros((size * per_sample, self.width), np.int32)
-        mask = np.zeros(tokens.shape, bool)
-        lengths, prompt_lengths = np.zeros((2, len(tokens)), np.int32)
+        samples = np.concatenate([samples, np.full(self.order.most_samples - len(samples), -1)])
+        tokens, mask, lengths, prompt_lengths = self._sequences(samples)
         values = np.where(samples >= 0, self.dataset.values[samples], np.float32(0))
-        for place in np.flatnonzero(samples >= 0).tolist():
-            for row, sequence in enumerate(self.dataset.sequences(int(samples[place])), place * per_sample):
-                lengths[row] = len(sequence.tokens)
-                prompt_lengths[row] = sequence.prompt_length
-                tokens[row, : lengths[row]] = sequence.tokens
-                mask[row, : lengths[row] - 1] = sequence.is_answer[1:]
-        return Batch(samples, tokens, lengths, prompt_lengths, mask, values, self._pack(lengths, self.shapes))
+        alike = tokens_alike(tokens, mask, lengths) if self._share else None
+        packing = pack(
+            lengths, self.width, self.shapes, together=self.dataset.per_sample, alike=alike, packed=self._packed
+        )  # fmt: skip
+        return Batch(samples, tokens, lengths, prompt_lengths, mask, values, packing)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """The batches of steps [start, stop), or without end; the next ones are made ready in the background."""
@@ -114,7 +120,7 @@ class Loader:
 
     def padding_share(self) -> float:
         """The share of places that hold no token, of those that the model passes over in the first steps."""
-        return self._padding(self.shapes, SUMMARY_STEPS)
+        return padding_share(self._first_batches(SUMMARY_STEPS), self.shapes, packed=self._packed)
 
     def summary(self) -> str:
         """A table of the dataset and of how it is batched."""
@@ -130,14 +136,26 @@ class Loader:
         together = self.dataset.per_sample
         return self.find_shapes(longest, together=together, sequences=self.order.most_samples * together)
 
-    def _padding(self, shapes: tuple[Shape, ...], steps: int) -> float:
-        """`padding_share` of that many steps in groups of these shapes."""
-        tokens = places = 0
-        for step in range(min(self.order.steps(0), steps)):
-            lengths = self._lengths[self.order.samples(step)].reshape(-1)
-            tokens += int(lengths.sum())
-            places += self._pack(lengths, shapes).places
-        return 1.0 - tokens / places
+    def _first_batches(self, steps: int) -> list[Units]:
+        """What is packed in that many steps."""
+        return [self._units(self.order.samples(step)) for step in range(min(self.order.steps(0), steps))]
 
-    def _pack(self, lengths: np.ndarray, shapes: tuple[Shape, ...]) -> Packing:
-        return pack(lengths, self.width, shapes, together=self.dataset.per_sample, packed=self._packed)
+    def _units(self, samples: np.ndarray) -> Units:
+        if not self._share:
+            return Units(self._lengths[samples].reshape(-1), self.dataset.per_sample)
+        tokens, mask, lengths, _ = self._sequences(samples)
+        return Units(lengths, self.dataset.per_sample, tokens_alike(tokens, mask, lengths))
+
+    def _sequences(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens, mask, lengths, prompt_lengths) of these samples, as a `Batch` has them."""
+        per_sample = self.dataset.per_sample
+        tokens = np.zeros((len(samples) * per_sample, self.width), np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        lengths, prompt_lengths = np.zeros((2, len(tokens)), np.int32)
+        for place in np.flatnonzero(samples >= 0).tolist():
+            for row, sequence in enumerate(self.dataset.sequences(int(samples[place])), place * per_sample):
+                lengths[row] = len(sequence.tokens)
+                prompt_lengths[row] = sequence.prompt_length
+                tokens[row, : lengths[row]] = sequence.tokens
+                mask[row, : lengths[row] - 1] = sequence.is_answer[1:]
+        return tokens, mask, lengths, prompt_lengths

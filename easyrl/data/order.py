@@ -10,7 +10,7 @@ from typing import Protocol
 import grain
 import numpy as np
 
-from easyrl.data.packing import best_fit
+from easyrl.data.packing import Units, best_fit
 
 # A batch of packed rows may hold this many times the samples that fill its rows on average. The bound gives batches a
 # fixed size in memory; only a stretch of uncommonly short samples meets it.
@@ -137,7 +137,7 @@ class RowOrder:
         while (start := bounds[-1]) < length:
             full = self._rows * self._row_length + (ends[start - 1] if start else 0)
             stop = min(int(np.searchsorted(ends, full, side="right")), start + self.most_samples)
-            while len(best_fit(totals[start:stop], self._row_length)) > self._rows:
+            while len(best_fit(Units(totals[start:stop]), self._row_length)) > self._rows:
                 stop -= 1
             if stop == length and not self._keep_last and len(bounds) > 1:
                 break

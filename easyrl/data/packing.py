@@ -8,10 +8,12 @@ are run in groups, each of one of a few shapes that are known beforehand.
 import itertools
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from easyrl.core.segments import branch
 
 ROW_MULTIPLE = 128  # of the lengths of rows: so matrix units and attention kernels like it
 SHARES = (7 / 8, 1 / 2)  # of the longest row, the lengths of others: each is one more loop to compile
@@ -19,6 +21,8 @@ GROUP_TOKENS = 1024  # a device's share of a group, unless the flags say otherwi
 GROUP_COST = 128  # what a group costs whatever its tokens (adding up its gradients), in tokens a device
 LITTLE_PADDING = 0.03  # a share with which the first packing that is found will do
 TIGHT = 0.02  # places more than tokens, as a share, with which packing hardly ever succeeds
+TRIAL_STEPS = 10  # that many batches say what rows to take
+MUCH_PADDING = 0.05  # from which on longer rows, in which attention costs more, are worth it
 MOST_TRIES, MOST_SHORT = 32, 3  # sets of groups that are tried; groups of short rows in one
 
 Row = list[int]  # the sequences that lie in a packed row, in order
@@ -36,7 +40,7 @@ class Plan(NamedTuple):
 
     source: np.ndarray  # b * T + t, the place in the flattened padded batch, or -1 for padding
     positions: np.ndarray  # t, counted within each sequence
-    segment_ids: np.ndarray  # 1, 2, ... along a row, 0 for padding
+    segment_ids: np.ndarray  # 1, 2, ... along a row, 0 for padding, and of branches (core.segments)
 
 
 class Packing(NamedTuple):
@@ -57,6 +61,56 @@ class Packing(NamedTuple):
         """The share of these places that no token takes."""
         tokens = sum(int(np.count_nonzero(plan.segment_ids)) for plan in self.plans)
         return 1.0 - tokens / max(self.places, 1)
+
+
+class Units:
+    """The sequences of a batch, so many consecutive ones of which are a unit that is to be in one group.
+
+    Args:
+      lengths: int [B], tokens of each sequence; 0 for a filler, which takes no place.
+      together: the sequences of a unit: 2 for pairs, which their loss needs at once.
+      alike: int [B / together], the tokens with which all sequences of a unit begin alike, fewer than any of them has:
+        in a row with several of them these tokens lie once. None: none do.
+
+    Raises ValueError when the sequences do not make whole units.
+    """
+
+    def __init__(self, lengths: np.ndarray, together: int = 1, alike: np.ndarray | None = None):
+        self.lengths, self.together = np.asarray(lengths), together
+        if len(self.lengths) % together:
+            raise ValueError(f"{len(self.lengths)} sequences cannot be kept together by {together}")
+        self.alike = np.zeros(len(self.lengths) // together, int) if alike is None else np.asarray(alike)
+
+    @property
+    def grid(self) -> np.ndarray:
+        """The lengths, [units, together]."""
+        return self.lengths.reshape(-1, self.together)
+
+    @property
+    def totals(self) -> np.ndarray:
+        """int [units], the places that each takes in one row."""
+        grid = self.grid
+        return grid.sum(axis=1) - self.alike * np.maximum(np.count_nonzero(grid, axis=1) - 1, 0)
+
+    def sequences(self, unit: int) -> Row:
+        """Those of a unit that have any tokens."""
+        first = unit * self.together
+        return [k for k in range(first, first + self.together) if self.lengths[k]]
+
+    def places(self, row: Row) -> int:
+        """The places that these sequences take in one row."""
+        spared = sum(alike * (len(sequences) - 1) for alike, sequences in self.stems(row))
+        return int(self.lengths[row].sum()) - spared
+
+    def only(self, which: np.ndarray) -> "Units":
+        """The same without the tokens of other units than those of which a bool [units] is True."""
+        return Units(np.where(which[:, None], self.grid, 0).reshape(-1), self.together, np.where(which, self.alike, 0))
+
+    def stems(self, row: Row) -> Iterator[tuple[int, Row]]:
+        """(tokens that lie once, sequences that have them) along a row; of a sequence on its own there are none."""
+        for unit, sequences in itertools.groupby(row, lambda k: k // self.together):
+            branches = list(sequences)
+            yield int(self.alike[unit]) if len(branches) > 1 else 0, branches
 
 
 def rounded_up(length: int) -> int:
@@ -105,8 +159,42 @@ def group_shapes(
     return (Shape(bulk, longest), *(Shape(least, length) for length in lesser))
 
 
+def choose_shapes(
+    shapes_for: Callable[[int], tuple[Shape, ...]], longest: int, trials: Sequence[Units]
+) -> tuple[Shape, ...]:
+    """Groups of rows of `longest` tokens, or of longer ones where those leave much padding in batches like `trials`.
+
+    Rows may become twice as long, or so long that the sequences of every unit that begin alike lie in one. Tokens that
+    begin alike and lie in a row each count as padding.
+    """
+    longer = {2 * longest}
+    if any(units.alike.any() for units in trials):
+        longer.add(min(rounded_up(max(int(units.totals.max()) for units in trials)), 2 * longest))
+    chosen = shapes_for(longest)
+    padding = padding_share(trials, chosen)
+    if padding <= MUCH_PADDING:
+        return chosen
+    for length in sorted(length for length in longer if length > longest):
+        shapes = shapes_for(length)
+        if (less := padding_share(trials, shapes)) < padding:
+            chosen, padding = shapes, less
+    return chosen
+
+
+def padding_share(batches: Sequence[Units], shapes: Sequence[Shape], *, packed: bool = True) -> float:
+    """The share of places that no token takes in groups of these shapes; of tokens that begin alike one has to."""
+    places = sum(_places(map(len, rows_of_shapes(units, shapes, packed=packed)), shapes) for units in batches)
+    return 1.0 - sum(int(units.totals.sum()) for units in batches) / places
+
+
 def pack(
-    lengths: np.ndarray, width: int, shapes: Sequence[Shape], *, together: int = 1, packed: bool = True
+    lengths: np.ndarray,
+    width: int,
+    shapes: Sequence[Shape],
+    *,
+    together: int = 1,
+    alike: np.ndarray | None = None,
+    packed: bool = True,
 ) -> Packing:
     """Packs a padded batch into groups of these `shapes`, of which one must hold the longest sequence.
 
@@ -115,35 +203,33 @@ def pack(
       width: T of the padded batch.
       together: this many consecutive sequences are in one group: 2 for pairs, which their loss needs at once. Every
         shape has a multiple of so many rows.
+      alike: int [B / together], the tokens with which all of these sequences begin alike, fewer than any of them has.
+        Where they find room in one row, these tokens lie there once. None: none are shared.
       packed: False gives every sequence a row of its own, for comparison.
 
     The outcome depends on the lengths and shapes alone; no shape gets more rows than B. Raises ValueError for lengths
     that no row or batch has.
     """
-    lengths = np.asarray(lengths)
-    if lengths.size and lengths.max() > width:
-        raise ValueError(f"a sequence of {lengths.max()} tokens is longer than the batch's width, {width}")
-    if len(lengths) % together:
-        raise ValueError(f"{len(lengths)} sequences cannot be kept together by {together}")
-    rows = rows_of_shapes(lengths, shapes, together=together, packed=packed)
-    plans = (_lay_out(some, lengths, width, shape.length) for shape, some in zip(shapes, rows, strict=True))
+    units = Units(lengths, together, alike if packed else None)
+    if units.lengths.size and units.lengths.max() > width:
+        raise ValueError(f"a sequence of {units.lengths.max()} tokens is longer than the batch's width, {width}")
+    rows = rows_of_shapes(units, shapes, packed=packed)
+    plans = (_lay_out(some, units, width, shape.length) for shape, some in zip(shapes, rows, strict=True))
     return Packing(tuple(shapes), tuple(plans))
 
 
-def rows_of_shapes(
-    lengths: np.ndarray, shapes: Sequence[Shape], *, together: int = 1, packed: bool = True
-) -> list[list[Row]]:
-    """The rows of every shape that hold sequences of these `lengths`; consecutive ones are a group.
+def rows_of_shapes(units: Units, shapes: Sequence[Shape], *, packed: bool = True) -> list[list[Row]]:
+    """The rows of every shape that hold these sequences; consecutive ones are a group.
 
     Bins are filled to each of the shapes' lengths in turn, and the length is taken that leaves the least to compute.
     Then fewer or shorter groups are looked for into which everything fits, too. With `packed=False` every sequence has
     a row of its own.
     """
     targets = sorted({shape.length for shape in shapes})
-    _check_room(lengths, targets[-1])
-    ways = [_fill(lengths, target, shapes, together, packed) for target in targets]
+    _check_room(units, targets[-1])
+    ways = [_fill(units, target, shapes, packed) for target in targets]
     found = min(ways, key=lambda rows: _cost(map(len, rows), shapes))
-    return _fit_tighter(lengths, found, shapes, together) if packed else found
+    return _fit_tighter(units, found, shapes) if packed else found
 
 
 def _places(rows: Iterable[int], shapes: Sequence[Shape]) -> int:
@@ -160,19 +246,19 @@ def _cost(rows: Iterable[int], shapes: Sequence[Shape]) -> int:
     )
 
 
-def _fill(lengths: np.ndarray, target: int, shapes: Sequence[Shape], together: int, packed: bool) -> list[list[Row]]:
+def _fill(units: Units, target: int, shapes: Sequence[Shape], packed: bool) -> list[list[Row]]:
     """Bins of `together` rows, filled to the length `target`, as rows of every shape.
 
     A unit with a longer sequence has a bin of its own, and every bin shrinks to the least length that holds its rows.
     """
-    units = lengths.reshape(-1, together)
-    shared = packed & (units.max(axis=1, initial=0) <= target)
-    bins = best_fit(np.where(shared[:, None], units, 0).reshape(-1), target, together)
-    alone = np.flatnonzero(~shared & units.any(axis=1))
+    grid, together = units.grid, units.together
+    beside_others = packed & (grid.max(axis=1, initial=0) <= target)
+    bins = best_fit(units.only(beside_others), target)
+    alone = np.flatnonzero(~beside_others & grid.any(axis=1))
     bins += [[[k] for k in range(unit * together, (unit + 1) * together)] for unit in alone.tolist()]
     by_length: dict[int, list[Row]] = {shape.length: [] for shape in shapes}
     for rows in bins:
-        longest = max(int(lengths[row].sum()) for row in rows)
+        longest = max(map(units.places, rows))
         by_length[min(length for length in by_length if length >= longest)] += rows
     found: list[list[Row]] = []
     for number, shape in enumerate(shapes):
@@ -187,19 +273,17 @@ def _fill(lengths: np.ndarray, target: int, shapes: Sequence[Shape], together: i
     return found
 
 
-def _fit_tighter(
-    lengths: np.ndarray, found: list[list[Row]], shapes: Sequence[Shape], together: int
-) -> list[list[Row]]:
+def _fit_tighter(units: Units, found: list[list[Row]], shapes: Sequence[Shape]) -> list[list[Row]]:
     """The rows of cheaper groups, if some are found that hold everything; otherwise those that there are."""
-    tokens, cost = int(lengths.sum()), _cost(map(len, found), shapes)
-    places = _places(map(len, found), shapes)
+    tokens, cost = int(units.totals.sum()), _cost(map(len, found), shapes)
+    together, places = units.together, _places(map(len, found), shapes)
     if tokens >= (1 - LITTLE_PADDING) * places:
         return found
     likely = ((_cost(rows, shapes), rows) for rows in _likely_groups(tokens, places, shapes))
     cheaper = sorted((price, rows) for price, rows in likely if price < cost)
     for _, rows in cheaper[:MOST_TRIES]:
         given = [shape.length for shape, number in zip(shapes, rows, strict=True) for _ in range(number // together)]
-        if bins := fit_into(lengths, given, together):
+        if bins := fit_into(units, given):
             ends = itertools.accumulate((number // together for number in rows), initial=0)
             parts = (bins[start:end] for start, end in itertools.pairwise(ends))
             return [[row for rows in part if any(rows) for row in rows] for part in parts]
@@ -223,23 +307,24 @@ def _likely_groups(tokens: int, places: int, shapes: Sequence[Shape]) -> Iterato
             yield [count * shape.rows for count, shape in zip((number, *counts), shapes, strict=True)]
 
 
-def best_fit(lengths: np.ndarray, row_length: int, together: int = 1) -> list[list[Row]]:
+def best_fit(units: Units, row_length: int) -> list[list[Row]]:
     """Bins of `together` rows, filled by best fit decreasing: the longest unit first, into the fullest bin with room.
 
-    A unit is `together` consecutive sequences, which go into one bin, each into the fullest row that has room for it.
-    Empty sequences are nowhere. Depends on the lengths alone. Raises ValueError for a sequence longer than a row.
+    A unit goes into one bin, as a whole into the fullest row that has room where that spares tokens, else each of its
+    sequences into the fullest row with room for it. Empty sequences are nowhere. Depends on the lengths alone. Raises
+    ValueError for a sequence longer than a row.
     """
-    _check_room(lengths, row_length)
-    bins = _Bins(lengths, together)
+    _check_room(units, row_length)
+    bins = _Bins(units)
     for unit in bins.units:
         if not bins.add(unit):
             bins.open(row_length, unit)
     return bins.rows
 
 
-def fit_into(lengths: np.ndarray, row_lengths: Sequence[int], together: int = 1) -> list[list[Row]] | None:
+def fit_into(units: Units, row_lengths: Sequence[int]) -> list[list[Row]] | None:
     """As `best_fit`, into bins that are given by the lengths of their rows; None if one unit finds no room."""
-    bins = _Bins(lengths, together)
+    bins = _Bins(units)
     for row_length in row_lengths:
         bins.open(row_length)
     return bins.rows if all(map(bins.add, bins.units)) else None
@@ -251,74 +336,97 @@ class _Bins:
     `units` are the numbers of those units that have any tokens, the longest first.
     """
 
-    def __init__(self, lengths: np.ndarray, together: int):
-        totals = lengths.reshape(-1, together).sum(axis=1)
+    def __init__(self, units: Units):
+        totals = units.totals
         self.units = [unit for unit in np.argsort(-totals, kind="stable").tolist() if totals[unit]]
         self.rows: list[list[Row]] = []
-        self._sizes, self._totals, self._together = lengths.tolist(), totals.tolist(), together
+        self._of, self._sizes, self._totals = units, units.lengths.tolist(), totals.tolist()
+        self._alike: list[int] = units.alike.tolist()
         self._free: list[list[int]] = []  # places of every bin's rows
         self._room: list[tuple[int, int]] = []  # (free places, bin), ascending
 
     def open(self, row_length: int, unit: int | None = None) -> None:
-        """One more bin, empty, or with a unit that has each of its sequences in a row of its own."""
-        number = len(self.rows)
-        self.rows.append([[] for _ in range(self._together)])
-        self._free.append([row_length] * self._together)
-        self._put([] if unit is None else self._sequences(unit), range(self._together), number)
+        """One more bin, empty, or with a unit: in one row, or each of its sequences in a row of its own."""
+        number, together = len(self.rows), self._of.together
+        self.rows.append([[] for _ in range(together)])
+        self._free.append([row_length] * together)
+        if unit is None:
+            self._put([], [], number)
+            return
+        sequences = self._of.sequences(unit)
+        self._put(sequences, self._in_one_row(unit, self._free[number]) or list(range(len(sequences))), number)
 
     def add(self, unit: int) -> bool:
-        """Puts the unit into the fullest bin with room; False if there is none."""
-        sequences = self._sequences(unit)
-        for place in range(bisect_left(self._room, (self._totals[unit], -1)), len(self._room)):
-            number = self._room[place][1]
-            rows = _fit(sequences, self._sizes, self._free[number])
-            if rows is not None:
-                del self._room[place]
-                self._put(sequences, rows, number)
-                return True
+        """Puts the unit into the fullest bin with room, into one row if that spares tokens; False if there is none."""
+        sequences = self._of.sequences(unit)
+        for find in (self._in_one_row, self._apart):
+            for place in range(bisect_left(self._room, (self._totals[unit], -1)), len(self._room)):
+                number = self._room[place][1]
+                if rows := find(unit, self._free[number]):
+                    del self._room[place]
+                    self._put(sequences, rows, number)
+                    return True
         return False
 
-    def _sequences(self, unit: int) -> list[int]:
-        first = unit * self._together
-        return [k for k in range(first, first + self._together) if self._sizes[k]]
+    def _in_one_row(self, unit: int, free: Sequence[int]) -> list[int] | None:
+        """For each sequence of the unit the fullest row with room for all of it, if that spares tokens."""
+        if not self._alike[unit]:
+            return None
+        fitting = [row for row, places in enumerate(free) if places >= self._totals[unit]]
+        return [min(fitting, key=free.__getitem__)] * len(self._of.sequences(unit)) if fitting else None
 
-    def _put(self, sequences: list[int], rows: Iterable[int], number: int) -> None:
+    def _apart(self, unit: int, free: Sequence[int]) -> list[int] | None:
+        """The row for each sequence, the longest first into the fullest row that has room; None if one finds none."""
+        left, rows = list(free), dict[int, int]()
+        sequences = self._of.sequences(unit)
+        for sequence in sorted(sequences, key=lambda k: -self._sizes[k]):
+            fitting = [row for row, places in enumerate(left) if places >= self._sizes[sequence]]
+            if not fitting:
+                return None
+            rows[sequence] = min(fitting, key=left.__getitem__)
+            left[rows[sequence]] -= self._sizes[sequence]
+        return [rows[sequence] for sequence in sequences]
+
+    def _put(self, sequences: list[int], rows: list[int], number: int) -> None:
         """Into these rows of a bin whose room is not noted."""
-        for sequence, row in zip(sequences, rows, strict=False):
-            self.rows[number][row].append(sequence)
-            self._free[number][row] -= self._sizes[sequence]
-        insort(self._room, (sum(self._free[number]), number))
+        free = self._free[number]
+        for row, group in itertools.groupby(zip(rows, sequences, strict=True), lambda pair: pair[0]):
+            together = [sequence for _, sequence in group]
+            self.rows[number][row] += together
+            free[row] -= self._of.places(together)
+        insort(self._room, (sum(free), number))
 
 
-def _check_room(lengths: np.ndarray, row_length: int) -> None:
+def _check_room(units: Units, row_length: int) -> None:
+    lengths = units.lengths
     if lengths.size and lengths.max() > row_length:
         raise ValueError(
             f"a row has {row_length} places, expected at least {lengths.max()}, to hold sequence {lengths.argmax()}"
         )
 
 
-def _fit(sequences: Sequence[int], sizes: Sequence[int], free: Sequence[int]) -> list[int] | None:
-    """The row for each sequence, the longest first into the fullest row that has room; None if one finds none."""
-    left, rows = list(free), dict[int, int]()
-    for sequence in sorted(sequences, key=lambda k: -sizes[k]):
-        fitting = [row for row, places in enumerate(left) if places >= sizes[sequence]]
-        if not fitting:
-            return None
-        rows[sequence] = min(fitting, key=left.__getitem__)
-        left[rows[sequence]] -= sizes[sequence]
-    return [rows[sequence] for sequence in sequences]
-
-
-def _lay_out(rows: list[list[int]], lengths: np.ndarray, width: int, row_length: int) -> Plan:
+def _lay_out(rows: list[Row], units: Units, width: int, row_length: int) -> Plan:
     source = np.full((len(rows), row_length), -1, np.int32)
     positions = np.zeros((len(rows), row_length), np.int32)
     segment_ids = np.zeros((len(rows), row_length), np.int32)
-    for row, sequences in enumerate(rows):
-        start = 0
-        for segment, sequence in enumerate(sequences, 1):
-            stop = start + int(lengths[sequence])
-            positions[row, start:stop] = np.arange(stop - start)
-            source[row, start:stop] = sequence * width + positions[row, start:stop]
-            segment_ids[row, start:stop] = segment
-            start = stop
+    for number, row in enumerate(rows):
+        end = 0
+        for sequence, start, stop, segment in _segments(row, units):
+            places = slice(end, end + stop - start)
+            positions[number, places] = np.arange(start, stop)
+            source[number, places] = sequence * width + positions[number, places]
+            segment_ids[number, places] = segment
+            end = places.stop
     return Plan(source, positions, segment_ids)
+
+
+def _segments(row: Row, units: Units) -> Iterator[tuple[int, int, int, int]]:
+    """(sequence, first token, token after the last, segment id) of what follows each other in a row."""
+    segment = 0
+    for alike, sequences in units.stems(row):
+        if alike:
+            segment += 1
+            yield sequences[0], 0, alike, segment
+        for number, sequence in enumerate(sequences, 1):
+            segment += not alike
+            yield sequence, alike, int(units.lengths[sequence]), branch(segment, number) if alike else segment

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from easyrl.core.segments import stem_of
+
 Array = jax.Array
 
 
@@ -15,13 +17,14 @@ def attention_mask(
 ) -> Array:
     """The boolean mask [B, T, S]: True where query t may attend to key s.
 
-    A token attends to the tokens of its own segment at positions no later than its own and, with a sliding `window`,
-    fewer than `window` positions back (transformers' convention: itself and window - 1 tokens before). Segment 0 is
-    padding; it attends to itself only among padding, and nobody attends to it.
+    A token attends to the tokens of its own segment, and of its stem (`core.segments`), at positions no later than its
+    own and, with a sliding `window`, fewer than `window` positions back (transformers' convention: itself and
+    window - 1 tokens before). Segment 0 is padding; it attends to itself only among padding, and nobody attends to it.
     """
-    same_segment = q_segments[:, :, None] == k_segments[:, None, :]
+    k_segments = k_segments[:, None, :]
+    own_or_stem = (q_segments[:, :, None] == k_segments) | (stem_of(q_segments)[:, :, None] == k_segments)
     distance = q_positions[:, :, None] - k_positions[:, None, :]
-    mask = same_segment & (distance >= 0)
+    mask = own_or_stem & (distance >= 0)
     if window is not None:
         mask &= distance < window
     return mask

@@ -125,9 +125,7 @@ def choose(
     """
     if queries == 1:
         return "xla"
-    if attention == "auto":
-        old = device.device_kind in ("TPU v2", "TPU v3")
-        attention = {"gpu": "cudnn", "tpu": "blocks" if old else "splash"}.get(device.platform, "blocks")
+    attention = _wanted(attention, device)
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     if attention == "cudnn" and (biased or not half or head_size % 8 or head_size > 128):
         attention = "blocks"
@@ -136,3 +134,16 @@ def choose(
     if attention == "blocks" and (queries != keys or queries <= LANES):
         attention = "xla"
     return attention
+
+
+def sees_stems(attention: str, device: jax.Device) -> bool:
+    """Whether packed rows may have stems (`core.segments`), of which the splash kernel knows nothing."""
+    return _wanted(attention, device) != "splash"
+
+
+def _wanted(attention: str, device: jax.Device) -> str:
+    """What `auto` stands for, where everything can be had."""
+    if attention != "auto":
+        return attention
+    old = device.device_kind in ("TPU v2", "TPU v3")
+    return {"gpu": "cudnn", "tpu": "blocks" if old else "splash"}.get(device.platform, "blocks")

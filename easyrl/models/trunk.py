@@ -78,7 +78,8 @@ def run_layers(
 ) -> tuple[Array, Cache | None]:
     """Hidden states [B, T, D] after the layers that `params` hold, before the final norm.
 
-    tokens, positions, segment_ids: int32 [B, T]. Segment 0 is padding; under packing positions restart in each segment.
+    tokens, positions, segment_ids: int32 [B, T]. Segment 0 is padding; under packing positions restart in each sequence
+    (`core.segments` says what ids mean; splash attention knows of no stems).
     With a `cache`, the T tokens are written to its next T slots and attend over all of it; without one they attend over
     themselves. `shard` pins activations to a mesh (`core.sharding.Shard`).
 

@@ -27,6 +27,7 @@ from easyrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from easyrl.hf.export import check_replaceable
 from easyrl.hf.model_card import ModelCard
 from easyrl.hf.refs import FoundModel, find_model
+from easyrl.models.long_attention import sees_stems
 from easyrl.runtime.checkpoint import Checkpoints, open_checkpoints
 from easyrl.runtime.metrics import timeless
 from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
@@ -113,11 +114,14 @@ def load_data(config: OfflineConfig, kind: str, template: Template, mesh: Mesh) 
     `kind` is one of `data.formats.KINDS`. Raises UserError naming flag and file.
     """
     dataset, find = load_dataset(config.train_dataset, kind, template), partial(find_shapes, config, mesh)
-    loaders = [Loader(dataset, config.train_dataset, config.seed, find_shapes=find)]
+    stems = sees_stems(config.attention, mesh.devices.flat[0])
+    loaders = [Loader(dataset, config.train_dataset, config.seed, find_shapes=find, stems=stems)]
     if config.eval_dataset.path:
         dataset = load_dataset(config.held_out, kind, template, "eval_dataset")
         held_out = config.held_out
-        loader = Loader(dataset, held_out, config.seed, name="eval_dataset", find_shapes=find, keep_last=True)
+        loader = Loader(
+            dataset, held_out, config.seed, name="eval_dataset", find_shapes=find, keep_last=True, stems=stems
+        )  # fmt: skip
         loaders.append(loader)
     for name, loader in zip(("train_dataset", "eval_dataset"), loaders, strict=False):
         say(f"--{name}: {loader.summary()}")

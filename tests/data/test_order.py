@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from easyrl.data.order import RowOrder, SampleOrder, Stream
-from easyrl.data.packing import best_fit
+from easyrl.data.packing import Units, best_fit
 
 
 def epoch_of(order, epoch):
@@ -57,12 +57,12 @@ def test_rows_are_filled(seed):
         batches = epoch_of(order, epoch)
         assert len(set(flat(batches))) == len(flat(batches))
         for batch in batches:
-            assert len(best_fit(totals[batch], 128)) <= 4
+            assert len(best_fit(Units(totals[batch]), 128)) <= 4
             assert len(batch) <= order.most_samples
         assert totals[flat(batches)].sum() / (len(batches) * 4 * 128) > 0.95
         following = [batch[0] for batch in batches[1:]]
         for batch, extra in zip(batches, following, strict=False):
-            assert len(best_fit(totals[[*batch, extra]], 128)) > 4 or len(batch) == order.most_samples
+            assert len(best_fit(Units(totals[[*batch, extra]]), 128)) > 4 or len(batch) == order.most_samples
     assert order.epoch(order.steps(0)) == 1
 
 

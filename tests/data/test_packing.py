@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 
-from easyrl.data.packing import Shape, best_fit, fit_into, group_shapes, pack, row_lengths, rows_of_shapes
+from easyrl.core.segments import branch, stem_of
+from easyrl.data.alike import tokens_alike
+from easyrl.data.packing import (
+    Shape,
+    Units,
+    best_fit,
+    choose_shapes,
+    fit_into,
+    group_shapes,
+    pack,
+    row_lengths,
+    rows_of_shapes,
+)
 
 
 def random_lengths(seed, together=1):
@@ -125,29 +137,28 @@ def test_rows_that_devices_cannot_share_are_refused():
 
 def test_the_bulk_goes_into_large_groups_and_the_rest_into_small_ones():
     shapes = [Shape(4, 256), Shape(1, 256), Shape(1, 128)]
-    counts = lambda lengths: [len(some) for some in rows_of_shapes(np.array(lengths), shapes)]
+    counts = lambda lengths: [len(some) for some in rows_of_shapes(Units(lengths), shapes)]
     assert counts([250] * 9) == [8, 1, 0]
     assert counts([250] * 7) == [7, 0, 0]  # not three small ones
     assert counts([250, 60, 60]) == [0, 1, 1]
 
 
 def test_bins_that_are_given_hold_everything_or_there_is_no_packing():
-    assert fit_into(np.array([5, 3, 4]), [7, 5]) == [[[2, 1]], [[0]]]
-    assert fit_into(np.array([5, 4, 4]), [7, 5]) is None
+    assert fit_into(Units([5, 3, 4]), [7, 5]) == [[[2, 1]], [[0]]]
+    assert fit_into(Units([5, 4, 4]), [7, 5]) is None
 
 
 def test_rows_of_several_lengths_fit_closer_than_the_best_of_them():
     """1024 + 896 hold what needs two rows of 1024, and 1024 + 512 what would fill neither."""
     shapes = [Shape(1, length) for length in (1024, 896, 512)]
-    counts = lambda lengths: [len(some) for some in rows_of_shapes(np.array(lengths), shapes)]
+    counts = lambda lengths: [len(some) for some in rows_of_shapes(Units(lengths), shapes)]
     assert counts([600, 424, 500, 390]) == [1, 1, 0]
     assert counts([600, 424, 300, 200]) == [1, 0, 1]
 
 
 def test_sequences_of_a_unit_take_different_rows_of_a_bin():
-    lengths = np.array([200, 250, 30, 5, 26, 1])
-    assert best_fit(lengths, 256, 2) == [[[0, 2, 4], [1, 3, 5]]]
-    assert best_fit(np.array([250, 200, 0, 0]), 256, 2) == [[[0], [1]]]
+    assert best_fit(Units([200, 250, 30, 5, 26, 1], 2), 256) == [[[0, 2, 4], [1, 3, 5]]]
+    assert best_fit(Units([250, 200, 0, 0], 2), 256) == [[[0], [1]]]
 
 
 def test_a_small_minibatch_pads_little():
@@ -181,3 +192,67 @@ def test_nothing_to_pack():
 def test_what_cannot_be_packed(call, complaint):
     with pytest.raises(ValueError, match=complaint):
         call()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_sequences_begin_with_lies_once_in_a_row_that_holds_them(seed):
+    """Every token sees what it would in a row of its own: those of its sequence, or their likes, up to itself."""
+    rng = np.random.default_rng(seed)
+    lengths, width, shapes = random_lengths(seed, 2)
+    lengths[rng.random(len(lengths)) < 0.8] += 1  # few fillers
+    width += 1
+    shapes = [Shape(shape.rows, shape.length + 1) for shape in shapes]
+    least = lengths.reshape(-1, 2).min(axis=1)
+    alike = np.where(least > 0, rng.integers(0, np.maximum(least, 1)), 0)
+    packing = pack(lengths, width, shapes, together=2, alike=alike)
+    found, spared = {}, 0
+    for plan in packing.plans:
+        for source, positions, segments in zip(*plan, strict=True):
+            for place in np.flatnonzero(source >= 0):
+                b, t = divmod(int(source[place]), width)
+                assert (b, t) not in found
+                own = (segments == segments[place]) | (segments == stem_of(segments[place]))
+                seen = np.flatnonzero(own & (positions <= positions[place]) & (source >= 0))
+                assert seen.max() == place
+                assert positions[seen].tolist() == list(range(t + 1))
+                assert {(int(k) // width // 2, int(k) % width) for k in source[seen]} == {
+                    (b // 2, k) for k in range(t + 1)
+                }
+                assert all(int(k) // width == b for k in source[seen] if k % width >= alike[b // 2])
+                found[b, t] = place
+            stems = segments[(segments > 0) & (segments == stem_of(segments))]
+            spared += sum(int(np.sum(stems == stem)) for stem in set(stems) if branch(int(stem), 1) in segments)
+    assert len(found) == lengths.sum() - spared
+    # What finds no row that holds both is there twice.
+    fitting = Units(lengths, 2, alike).totals <= max(shape.length for shape in shapes)
+    assert bool(alike[fitting].any()) <= bool(spared) <= bool(alike.any())
+    assert spared <= alike[fitting].sum()
+
+
+def test_pairs_that_begin_alike_by_hand():
+    (plan,) = pack(np.array([5, 4, 3, 3]), 5, [Shape(2, 7)], together=2, alike=np.array([2, 0])).plans
+    assert plan.source.tolist() == [[0, 1, 2, 3, 4, 7, 8], [10, 11, 12, 15, 16, 17, -1]]
+    assert plan.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3], [0, 1, 2, 0, 1, 2, 0]]
+    one, two = branch(1, 1), branch(1, 2)
+    assert plan.segment_ids.tolist() == [[1, 1, one, one, one, two, two], [1, 1, 1, 2, 2, 2, 0]]
+    # Where a row does not hold both they lie apart, each whole.
+    (plan,) = pack(np.array([5, 4]), 5, [Shape(2, 6)], together=2, alike=np.array([2])).plans
+    assert plan.source.tolist() == [[0, 1, 2, 3, 4, -1], [5, 6, 7, 8, -1, -1]]
+    assert plan.segment_ids.max() == 1
+
+
+def test_rows_become_as_long_as_pairs_that_begin_alike():
+    pairs = Units(np.full(16, 256), 2, np.full(8, 128))
+    shapes_for = lambda longest: group_shapes(longest, together=2, sequences=16)
+    assert choose_shapes(shapes_for, 256, [pairs])[0] == Shape(2, 384)
+    assert choose_shapes(shapes_for, 256, [Units(np.full(16, 256), 2)])[0] == Shape(4, 256)
+
+
+def test_tokens_are_alike_before_the_answers_only():
+    tokens = np.array([[5, 6, 7, 8, 9], [5, 6, 7, 8, 1], [5, 6, 0, 0, 0], [5, 7, 3, 0, 0], [5, 6, 7, 0, 0], [0] * 5])
+    lengths = np.array([5, 5, 2, 3, 3, 0])
+    mask = np.zeros(tokens.shape, bool)
+    mask[:2, 2:4], mask[2, 0], mask[3, 1:2], mask[4, :2] = True, True, True, True
+    assert tokens_alike(tokens, mask, lengths).tolist() == [2, 0, 0]
+    mask[:] = False
+    assert tokens_alike(tokens, mask, lengths).tolist() == [4, 1, 0]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from easyrl.core.params import shardings
+from easyrl.core.segments import branch
 from easyrl.core.sharding import Shard, batch_sharding, make_mesh
 from easyrl.models.cache import grow_cache, init_cache, repeat_rows
 from easyrl.models.families import param_specs
@@ -56,6 +57,26 @@ def test_packed_rows_equal_separate_rows(case):
         start += length
     together = np.asarray(run(cfg)(params, *packed)[0])[0]
     expected = np.concatenate([separate[number, :length] for number, length in enumerate(lengths)])
+    np.testing.assert_allclose(together[:start], expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_sequences_begin_with_may_lie_once(case, stems):
+    cfg = CASES[case]
+    params, lengths, same, T = draw_params(cfg), (8, 9, 4), 6, 20
+    tokens, positions, segments = rows(lengths, T)
+    tokens[1, :same] = tokens[0, :same]
+    separate = np.asarray(run(cfg)(params, tokens, positions, segments)[0])
+    parts = [(0, 0, same, 1), (0, same, 8, branch(1, 1)), (1, same, 9, branch(1, 2)), (2, 0, 4, 2)]
+
+    packed = np.zeros((3, 1, T), np.int32)
+    start = 0
+    for row, first, end, segment in parts:
+        here = slice(start, start + end - first)
+        packed[:, 0, here] = tokens[row, first:end], np.arange(first, end), np.full(end - first, segment)
+        start = here.stop
+    together = np.asarray(run(cfg)(params, *packed)[0])[0]
+    expected = np.concatenate([separate[row, first:end] for row, first, end, _ in parts])
     np.testing.assert_allclose(together[:start], expected, atol=TOLERANCE)
 
 

@@ -83,6 +83,16 @@ def ragged() -> Ragged:
 
 
 @pytest.fixture(scope="package")
+def begun_alike(ragged) -> Ragged:
+    """The same as pairs of answers to prompts that begin alike, in three tokens or in all that they can."""
+    tokens = ragged.tokens.copy()
+    for b in range(0, len(tokens), 2):
+        same = 3 if b == 4 else ragged.mask[b : b + 2].argmax(axis=1).min() + 1
+        tokens[b + 1, :same] = tokens[b, :same]
+    return dataclasses.replace(ragged, tokens=tokens)
+
+
+@pytest.fixture(scope="package")
 def one_device():
     return make_mesh("1,1,1", jax.devices()[:1])
 

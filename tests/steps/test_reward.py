@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from easyrl.core.sharding import make_mesh
+from easyrl.data.alike import tokens_alike
 from easyrl.data.packing import Shape, pack
 from easyrl.models.families import param_specs
 from easyrl.models.heads import scalar
@@ -68,12 +69,22 @@ def place(ragged, config, mesh, rows, choices, extra=0):
     together = 2 if config.loss == "pairwise" else 1
     targets = np.pad(MARGINS if together == 2 else LABELS, (0, extra // together), constant_values=9.0)
     shapes = [Shape(rows, length) for length in choices or (T,)]
-    packing = pack(lengths, T, shapes, together=together, packed=bool(choices))
+    mask = np.pad(ragged.mask, ((0, extra), (0, 0)))
+    alike = tokens_alike(tokens, mask, lengths) if together == 2 else None
+    packing = pack(lengths, T, shapes, together=together, alike=alike, packed=bool(choices))
     return place_reward_batch(tokens, lengths, targets, packing, mesh)
 
 
 @pytest.mark.parametrize("config", [PAIRWISE, POINTWISE], ids=lambda config: config.loss)
 def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ragged, one_device, config):
+    check(cfg, ragged, one_device, config, LAYOUTS[config.loss])
+
+
+def test_prompts_that_lie_once_change_nothing(cfg, begun_alike, one_device, stems):
+    check(cfg, begun_alike, one_device, PAIRWISE, LAYOUTS["pairwise"][1:])
+
+
+def check(cfg, ragged, one_device, config, layouts):
     @jax.jit
     def plain(params):
         def loss(params):
@@ -84,7 +95,7 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
 
     (loss, scores), grads = jax.device_get(plain(make_params(cfg, "reward", one_device)))
     better = scores[::2] > scores[1::2] if config is PAIRWISE else (scores > 0) == LABELS
-    for mesh_dim, rows, choices in LAYOUTS[config.loss]:
+    for mesh_dim, rows, choices in layouts:
         mesh = make_mesh(mesh_dim, jax.devices()[: 1 if mesh_dim == "1,1,1" else 8])
         optimizer = optax.sgd(1.0)  # the update is the gradient
         params = make_params(cfg, "reward", mesh)
@@ -98,7 +109,8 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
         after = jax.device_get(state.params)
         jax.tree.map(lambda a, b, g: np.testing.assert_allclose(a - b, g, atol=1e-5), before, after, grads)
         assert metrics["loss"].count == len(better)
-        assert metrics["tokens"].value == ragged.lengths.sum()
+        shared = choices and config is PAIRWISE and tokens_alike(ragged.tokens, ragged.mask, ragged.lengths).any()
+        assert (metrics["tokens"].value < ragged.lengths.sum()) == bool(shared)
         np.testing.assert_allclose(metrics["accuracy"].value, better.mean())
         np.testing.assert_allclose(metrics["mean_reward"].value, scores.mean(), atol=1e-5)
     # The last layout also serves for the evaluation; the step has taken its parameters.
