@@ -37,6 +37,7 @@ from easyrl.hf.model_card import ModelCard
 from easyrl.hf.refs import FoundModel, find_model, load_weights, stop_ids_of
 from easyrl.hf.saved import SavedModel
 from easyrl.models.families import param_specs
+from easyrl.models.long_attention import sees_stems
 from easyrl.rewards.models import FoundSources, find_sources, named_sources
 from easyrl.rewards.online import EACH, OnlineConfig, OnlinePairs
 from easyrl.runtime.alarms import ChosenFalls, chosen_falls_hook
@@ -267,10 +268,11 @@ def online_pairs(
     )  # fmt: skip
     num_responses = EACH * config.train_dataset.batch_size
     judges = sources.load(mesh, dtype=dtype, batch_size=num_responses, rows=config.micro_batch_size)
+    share = config.train_dataset.share_prompts and sees_stems(config.attention, mesh.devices.flat[0])
     return OnlinePairs(
         config, prompts, sample, judges, sources.weights,
         None if reference is None else reference.logprobs, start.tokenizer, mesh,
-        seed=config.seed, shapes=shapes, check_in=dtype if equal_start else "",
+        seed=config.seed, shapes=shapes, share_prompts=share, check_in=dtype if equal_start else "",
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def pairs_for(folder, mesh, missing_eos="none"):
     source = function_source("online_test_functions:length")
     pairs = OnlinePairs(
         config, PromptDataset(data, template, 0), sample, [source], (1.0,), reference, template.tokenizer, mesh,
-        seed=5, shapes=(Shape(2, P + C),),
+        seed=5, shapes=(Shape(2, 2 * (P + C)),), share_prompts=True,
     )  # fmt: skip
     return pairs, model, reference
 

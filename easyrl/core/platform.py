@@ -47,7 +47,7 @@ def give_virtual_devices_threads() -> bool:
 
 
 def keep_no_programs() -> None:
-    """Has nothing read from or written to the cache of compiled programs: for runs on several CPU devices.
+    """Has nothing read from or written to the cache of compiled programs: for runs on several CPU devices, and plans.
 
     A CPU program that XLA reads back has lost the order of its collectives (jaxlib 0.10), and devices that come to two
     of them in different orders wait for each other for ever.

@@ -18,4 +18,4 @@ def branch(stem: int, number: int) -> int:
 
 def stem_of(ids: Ids) -> Ids:
     """The id of the stem of each token's segment; that of a sequence on its own is its own."""
-    return ids % BRANCH  # type: ignore[operator]
+    return ids % BRANCH  # type: ignore[operator, return-value]

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyrl.core.errors import UserError
+from easyrl.core.platform import keep_no_programs
 
 GIB = 2**30
 EXPECTED = "expected as v3:8x16, v4:4x4x8, v5e:16x16, v5p:4x4x8, v6e:16x16, 2xv5e:16x16, cpu:8 or gpu:8xH100-80GB"
@@ -160,6 +161,7 @@ def find_devices(topology: Topology) -> list[jax.Device]:
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     name = f"{topology.name}:{'x'.join(map(str, topology.dims))}"
+    keep_no_programs()  # those for devices that are not there cannot be read back
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:

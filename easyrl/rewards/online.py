@@ -17,6 +17,7 @@ from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean
 from easyrl.core.sharding import fetch
+from easyrl.data.alike import tokens_alike
 from easyrl.data.packing import Shape, pack
 from easyrl.data.prompts import PromptBatch, PromptDataset
 from easyrl.data.tokenizer import Tokenizer, pad_id
@@ -86,6 +87,7 @@ class OnlinePairs:
       sources, weights: what judges.
       reference: log-probs of answers under the frozen reference; None: the loss needs none.
       shapes: of the groups of packed rows that pairs are learnt from.
+      share_prompts: whether what the two responses begin with is computed once.
       check_in: if given, policy and reference have the same weights and compute in this format: the first step checks
         that the sampler's log-probs are the reference's.
     """
@@ -103,11 +105,12 @@ class OnlinePairs:
         *,
         seed: int,
         shapes: tuple[Shape, ...],
+        share_prompts: bool,
         check_in: str = "",
     ):
         self._config, self._prompts, self._sample, self._tokenizer = config, prompts, sample, tokenizer
         self._sources, self._weights, self._reference = sources, weights, reference
-        self._mesh, self._shapes, self._check_in = mesh, shapes, check_in
+        self._mesh, self._shapes, self._share_prompts, self._check_in = mesh, shapes, share_prompts, check_in
         self._key = jax.random.key(seed)
         self._batch_size = len(prompts.batch(0).samples)
         self._width = prompts.prompt_length + config.max_continuation_len
@@ -185,8 +188,9 @@ class OnlinePairs:
 
         def place(chosen: np.ndarray, ref_logprobs: np.ndarray) -> tuple[AnswerBatch, float]:
             lengths = np.where(chosen, sampled.lengths, 0)
-            packing = pack(lengths, self._width, self._shapes, together=EACH)
             mask = sampled.mask & chosen[:, None]
+            alike = tokens_alike(sampled.tokens, mask, lengths) if self._share_prompts else None
+            packing = pack(lengths, self._width, self._shapes, together=EACH, alike=alike)
             placed = place_answers(sampled.tokens, mask, ref_logprobs, packing, self._mesh, paired=True)
             return placed, packing.padding_share()
 
