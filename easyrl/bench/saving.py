@@ -48,8 +48,8 @@ def main(config: Config) -> None:
 def measure(config: Config, folder: epath.Path) -> None:
     """Writes the checkpoints of all steps into `folder` and prints what that took.
 
-    A step is as long as the slowest of a few writes. Were it shorter than the writing of some step, the loop would wait
-    there for the save before: what the disk costs that cannot keep up, and not what saving costs beside it.
+    A step is as long as the slowest of a few writes. Where the disk takes longer still, the loop waits for the save
+    before: what a disk costs that cannot keep up. So the median is told besides the mean.
     """
     rng = np.random.default_rng(0)
     state = {str(k): jnp.asarray(rng.normal(size=(1024, 1024)), jnp.float32) for k in range(config.megabytes // 4 or 1)}
@@ -80,9 +80,11 @@ def measure(config: Config, folder: epath.Path) -> None:
     hooks = [Hook(note), Hook(save, needs_state=True)]
     run_loop(state, range(config.steps + 1), step, start=0, total=config.steps + 1, hooks=hooks)
     writer.close()
-    cost = sum(held[1:]) / config.steps
+    waits = held[1:]
+    median, mean = float(np.median(waits)), float(np.mean(waits))
     print(f"a state of {config.megabytes} MB takes {step_seconds:.2f} s to write at most, and so long is a step")
-    print(f"the loop waits {cost:.3f} s for each save: {cost / step_seconds:.1%} of a step")
+    print(f"the loop waits {median:.3f} s for a save (median of {config.steps}): {median / step_seconds:.1%} of a step")
+    print(f"on average {mean:.3f} s ({mean / step_seconds:.1%}), with the saves before that took longer than a step")
 
 
 if __name__ == "__main__":
