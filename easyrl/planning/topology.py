@@ -162,6 +162,7 @@ def find_devices(topology: Topology) -> list[jax.Device]:
         options["num_slices"] = topology.slices
     name = f"{topology.name}:{'x'.join(map(str, topology.dims))}"
     keep_no_programs()  # those for devices that are not there cannot be read back
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no process that plans takes the TPU from another
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
