@@ -15,7 +15,8 @@ from easyrl.bench.workloads import w1_prompts, w2_pairs, w3_pairs
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.data.alike import tokens_alike
-from easyrl.data.packing import TRIAL_STEPS, Packing, Units, choose_shapes, pack, rounded_up
+from easyrl.data.bins import Units
+from easyrl.data.packing import TRIAL_STEPS, Packing, choose_shapes, pack, rounded_up
 from easyrl.models.llama import LlamaConfig
 from easyrl.models.long_attention import sees_stems
 from easyrl.planning.necessary import ForwardFlops

@@ -8,13 +8,13 @@ import numpy as np
 
 from easyrl.core.errors import UserError
 from easyrl.data.alike import tokens_alike
+from easyrl.data.bins import Units
 from easyrl.data.dataset import Dataset, PackedDatasetConfig
 from easyrl.data.order import Order, RowOrder, SampleOrder, Stream
 from easyrl.data.packing import (
     TRIAL_STEPS,
     Packing,
     Shape,
-    Units,
     choose_shapes,
     group_shapes,
     pack,
@@ -54,8 +54,8 @@ class Loader:
       find_shapes: what of the arguments of `group_shapes` depends on the run is given. They decide how samples are
         packed, never which samples a step sees.
       keep_last: whether the rest of an epoch makes a last batch, filled up; evaluation wants it, training does not.
-      stems: whether the model can compute what the sequences of a pair begin with once for both (`core.segments`);
-        the flag --train_dataset.share_prompts says whether it is to.
+      stems: whether the model can compute what the sequences of a pair begin with once for both (`core.segments`,
+        `models.long_attention.sees_stems`); the flag share_prompts says whether it is to.
       packed: False gives every sequence a row of its own, for comparison.
 
     Raises UserError when an epoch has no batch, or a packed row cannot hold a sample.
@@ -70,7 +70,7 @@ class Loader:
         name: str = "train_dataset",
         find_shapes: Callable[..., tuple[Shape, ...]] = group_shapes,
         keep_last: bool = False,
-        stems: bool = True,
+        stems: bool = False,
         packed: bool = True,
     ):
         self.dataset = dataset

@@ -10,7 +10,7 @@ from typing import Protocol
 import grain
 import numpy as np
 
-from easyrl.data.packing import Units, best_fit
+from easyrl.data.bins import Units, best_fit
 
 # A batch of packed rows may hold this many times the samples that fill its rows on average. The bound gives batches a
 # fixed size in memory; only a stretch of uncommonly short samples meets it.

@@ -59,7 +59,7 @@ def test_a_batch_of_pairs_holds_what_the_rows_say(pairs, template):
 
 @pytest.mark.parametrize("rows", [2, 4])
 def test_the_plan_gathers_the_batch_and_keeps_pairs_together(pairs, template, rows):
-    batches = loader(pairs, template, find_shapes=partial(group_shapes, rows=rows))
+    batches = loader(pairs, template, find_shapes=partial(group_shapes, rows=rows), stems=True)
     for step in range(5):
         batch = batches.batch(step)
         places = [source for plan in batch.packing.plans for source in plan.source[plan.source >= 0].tolist()]

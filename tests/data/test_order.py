@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from easyrl.data.bins import Units, best_fit
 from easyrl.data.order import RowOrder, SampleOrder, Stream
-from easyrl.data.packing import Units, best_fit
 
 
 def epoch_of(order, epoch):

@@ -5,17 +5,8 @@ import pytest
 
 from easyrl.core.segments import branch, stem_of
 from easyrl.data.alike import tokens_alike
-from easyrl.data.packing import (
-    Shape,
-    Units,
-    best_fit,
-    choose_shapes,
-    fit_into,
-    group_shapes,
-    pack,
-    row_lengths,
-    rows_of_shapes,
-)
+from easyrl.data.bins import Units, best_fit, fit_into
+from easyrl.data.packing import Shape, choose_shapes, group_shapes, pack, row_lengths, rows_of_shapes
 
 
 def random_lengths(seed, together=1):
