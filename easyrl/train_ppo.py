@@ -209,7 +209,7 @@ def main(config: Config) -> None:
         held_out = PromptDataset(like_train, template, config.seed, name="eval_dataset", keep_last=True)
     found_sources.check(prompts.batch(0).columns)
 
-    run_dir = make_run_dir(config.output_dir, "train_ppo")
+    run_dir = make_run_dir(config.output_dir, "train_ppo", config.checkpoint_dir)
     for folder in (run_dir.hf, run_dir.path / "hf_value"):
         check_replaceable(folder)
     never_trained = [reference, *(model.found for model in found_sources.models), *([policy] if shared else [])]

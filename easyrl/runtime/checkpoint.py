@@ -36,7 +36,7 @@ from easyrl.runtime.evaluation import direction
 from easyrl.runtime.loop import Hook, StepInfo
 from easyrl.runtime.resume import NEVER, Source, check_same_run, find_source
 from easyrl.runtime.run_config import RunConfig
-from easyrl.runtime.run_dir import RunDir
+from easyrl.runtime.run_dir import LOCK, RunDir
 from easyrl.runtime.troubles import Troubles, is_of_the_disk, reason_of
 
 State = TypeVar("State")
@@ -212,8 +212,16 @@ class Checkpoints:
 
     def _set_aside(self) -> None:
         """A run that starts anew leaves the checkpoints of the earlier one under another name."""
-        if is_first() and not is_remote(self.folder) and self.folder.exists():
-            say(f"checkpoints of an earlier run are in {set_aside(Path(self.folder))} now")
+        folder = Path(self.folder)
+        if is_remote(self.folder) or not is_first() or not folder.exists():
+            return
+        if all(path.name == LOCK for path in folder.iterdir()):
+            return
+        aside = set_aside(folder)
+        if (lock := aside / LOCK).exists():  # of a --checkpoint_dir, which stays this run's
+            folder.mkdir()
+            lock.rename(folder / LOCK)
+        say(f"checkpoints of an earlier run are in {aside} now")
 
 
 def spare_steps(facts: Mapping[int, Mapping[str, Any]], keep: int, every: int) -> list[int]:

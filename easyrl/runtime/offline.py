@@ -155,7 +155,7 @@ def open_run(
     Raises UserError when something other than an earlier export stands where one is to go, or for a checkpoint of
     another run.
     """
-    run_dir = make_run_dir(config.output_dir, script)
+    run_dir = make_run_dir(config.output_dir, script, config.checkpoint_dir)
     for name in (run_dir.hf.name, HF_BEST):
         check_replaceable(run_dir.path / name)
     return run_dir, open_checkpoints(config, run_dir, script, loader.dataset.fingerprint, frozen)

@@ -27,8 +27,8 @@ class RunDir:
     """The folder of one run and the places in it, the same for every script."""
 
     path: Path
-    # While it is open, the folder is this run's.
-    lock: IO[bytes] | None = field(default=None, repr=False, compare=False)
+    # While these are open, this folder and that of the checkpoints are this run's.
+    locks: tuple[IO[bytes], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def config(self) -> Path:
@@ -71,9 +71,9 @@ class RunDir:
         self.save_config(config)
 
     def close(self) -> None:
-        """Leaves the folder to other runs."""
-        if self.lock is not None:
-            self.lock.close()
+        """Leaves the folders to other runs."""
+        for lock in self.locks:
+            lock.close()
 
     def save_config(self, config: Any) -> None:
         """Writes the resolved `config` on process 0.
@@ -100,64 +100,70 @@ class RunDir:
             raise UserError(f"--output_dir={self.path}: cannot write there: {error.strerror}") from None
 
 
-def make_run_dir(output_dir: str, script: str) -> RunDir:
-    """Creates the folder of a run, and keeps other runs out of it until the run is closed or its process ends.
+def make_run_dir(output_dir: str, script: str, checkpoint_dir: str = "") -> RunDir:
+    """Creates the folder of a run, and keeps other runs out of it until the run is closed or its process ends; likewise
+    out of a `checkpoint_dir` of its own, unless that is in a store, which knows no locks.
 
     Nothing else is written: a run that turns out not to start leaves an earlier one alone. `output_dir` empty:
     `runs/<script>-<date>-<time>` under the working directory, with a number behind it if that is taken. Process 0
-    creates; the other processes only learn the place. Raises UserError naming --output_dir when it is not a local
-    folder that can be written to, or another run is writing there.
+    creates; the other processes only learn the place. Raises UserError naming the flag when --output_dir is not a local
+    folder, when one of the folders cannot be written to, and when another run is writing there.
     """
     if "://" in output_dir:
         raise UserError(f"--output_dir={output_dir}: expected a local folder, found the address of a store")
 
-    lock: IO[bytes] | None = None
+    locks: list[IO[bytes]] = []
 
     def create() -> str:
-        nonlocal lock
-        path = Path(output_dir).expanduser()
-        try:
-            if output_dir:
-                path.mkdir(parents=True, exist_ok=True)
-            else:
-                path = _new_folder(f"runs/{script}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-        except FileExistsError:
-            raise UserError(f"--output_dir={output_dir}: expected a folder, found a file of that name") from None
-        except OSError as error:
-            raise UserError(f"--output_dir={output_dir}: cannot write there: {error.strerror}") from error
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise UserError(f"--output_dir={output_dir}: cannot write there: {os.strerror(errno.EACCES)}")
-        lock = _lock(path)
+        path = Path(output_dir).expanduser() if output_dir else _new_folder(script)
+        folders = [(path, f"--output_dir={output_dir or path}")]
+        if checkpoint_dir and "://" not in checkpoint_dir:
+            folders.append((Path(checkpoint_dir).expanduser(), f"--checkpoint_dir={checkpoint_dir}"))
+        for folder, named in folders:
+            locks.extend(filter(None, [_take(folder, named)]))
         return str(path)
 
-    return RunDir(Path(from_first(create)), lock)
+    return RunDir(Path(from_first(create)), tuple(locks))
 
 
-def _new_folder(name: str) -> Path:
-    """A new folder of this name, or with -1, -2, ... behind it: several runs may start in one second."""
+def _new_folder(script: str) -> Path:
+    """A new folder that is named after the script and the time, with -1, -2, ... behind it if that is taken: several
+    runs may start in one second.
+    """
+    name = f"runs/{script}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     for number in itertools.count():
         path = Path(f"{name}-{number}" if number else name)
-        with contextlib.suppress(FileExistsError):
+        try:
             path.mkdir(parents=True)
             break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"--output_dir={path}: cannot write there: {error.strerror}") from None
     return path
 
 
-def _lock(folder: Path) -> IO[bytes] | None:
-    """Takes the folder for this process, until the file is closed or the process is gone, however it died.
+def _take(folder: Path, named: str) -> IO[bytes] | None:
+    """Makes a folder if need be, and takes it for this process until the file is closed or the process is gone, however
+    it died. Raises UserError that begins with `named`, the flag and its value, where that cannot be.
 
     None on a file system that knows no locks. The lock is the process's own (POSIX): no child inherits it, so none that
     outlives a killed run keeps the next one out.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         file = (folder / LOCK).open("ab")
+    except FileExistsError:
+        raise UserError(f"{named}: expected a folder, found a file of that name") from None
     except OSError as error:
-        raise UserError(f"--output_dir={folder}: cannot write there: {error.strerror}") from None
+        raise UserError(f"{named}: cannot write there: {error.strerror}") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError(f"--output_dir={folder}: another run is writing there") from None
+            raise UserError(f"{named}: another run is writing there") from None
         return None
     return file

@@ -43,7 +43,7 @@ class Run:
 
     def __init__(self, folder, total=6, metrics_of=None, at=lambda step, run: None, clock=None, **flags):
         config = RunConfig(output_dir=str(folder), **flags)
-        run_dir = make_run_dir(config.output_dir, "train_sft")
+        run_dir = make_run_dir(config.output_dir, "train_sft", config.checkpoint_dir)
         self.checkpoints = open_checkpoints(config, run_dir, "train_sft", "rows")
         self.troubles, self.counter, self.ended = Troubles(), Counter(), False
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
@@ -134,6 +134,17 @@ def test_started_anew_what_was_there_gets_another_name(tmp_path, capsys):
     Run(tmp_path, total=2)
     assert float(Run(tmp_path, total=3, resume="never").state["x"]) == 3
     assert steps_in(tmp_path) == [3] and (tmp_path / "checkpoints.1" / "2" / "run.json").exists()
+    assert capsys.readouterr().out == f"checkpoints of an earlier run are in {tmp_path / 'checkpoints.1'} now\n"
+
+
+def test_started_anew_a_folder_for_checkpoints_stays_locked(tmp_path, capsys):
+    flags = {"checkpoint_dir": str(tmp_path / "checkpoints"), "resume": "never"}
+    Run(tmp_path / "run", total=2, **flags)
+    assert not capsys.readouterr().out
+    lock = (tmp_path / "checkpoints" / ".lock").stat().st_ino
+    Run(tmp_path / "run", total=3, **flags)
+    assert steps_in(tmp_path) == [3] and (tmp_path / "checkpoints.1" / "2" / "run.json").exists()
+    assert (tmp_path / "checkpoints" / ".lock").stat().st_ino == lock
     assert capsys.readouterr().out == f"checkpoints of an earlier run are in {tmp_path / 'checkpoints.1'} now\n"
 
 

@@ -43,25 +43,35 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path, monkeyp
 HOLDING = """
 import sys
 from easyrl.runtime.run_dir import make_run_dir
-run = make_run_dir(sys.argv[1], "train_ppo")
+run = make_run_dir(sys.argv[1], "train_ppo", sys.argv[2])
 print(1, flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_folder_is_one_runs_until_it_ends_or_dies(tmp_path):
+def test_folders_are_one_runs_until_it_ends_or_dies(tmp_path):
+    output_dir, checkpoint_dir = str(tmp_path / "run"), str(tmp_path / "checkpoints")
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLDING, output_dir, checkpoint_dir], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert holder.stdout.readline() == b"1\n"
     with pytest.raises(UserError) as caught:
-        make_run_dir(str(tmp_path), "train_ppo")
-    assert str(caught.value) == f"--output_dir={tmp_path}: another run is writing there"
+        make_run_dir(output_dir, "train_ppo")
+    assert str(caught.value) == f"--output_dir={output_dir}: another run is writing there"
+    with pytest.raises(UserError) as caught:
+        make_run_dir(str(tmp_path / "other"), "train_ppo", checkpoint_dir)
+    assert str(caught.value) == f"--checkpoint_dir={checkpoint_dir}: another run is writing there"
     holder.kill()
     holder.wait()
-    first = make_run_dir(str(tmp_path), "train_ppo")
+    first = make_run_dir(output_dir, "train_ppo", checkpoint_dir)
     first.close()
-    assert make_run_dir(str(tmp_path), "train_ppo").lock is not None  # one after another in one process
+    assert len(make_run_dir(output_dir, "train_ppo", checkpoint_dir).locks) == 2  # one after another in one process
+
+
+def test_a_store_has_no_locks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(make_run_dir("run", "train_ppo", "gs://bucket/checkpoints").locks) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch):
@@ -69,7 +79,7 @@ def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.lockf", unknown)
-    assert make_run_dir(str(tmp_path), "train_ppo").lock is None
+    assert not make_run_dir(str(tmp_path), "train_ppo").locks
 
 
 def test_a_new_run_leaves_an_earlier_ones_files_under_other_names(tmp_path, capsys):

@@ -37,7 +37,7 @@ def flags(materials, tmp_path, monkeypatch):
     return arguments(materials) | {
         "load_checkpoint_reward": "", "reward_function": f"{name}:vowels", "max_steps_per_epoch": STEPS,
         "ppo_epochs": 1, "logged_samples": 8, "kl_target": 0.5, "kl_horizon": 16,
-        # Adam makes steps of the noise where a gradient is next to nothing: epsilon is above it, and the steps are small.
+        # Where a gradient is next to nothing Adam makes steps of its noise: epsilon is above it, and steps are small.
         "optimizer.eps": 1e-6, "value_lr": 0.001,
     }  # fmt: skip
 
