@@ -4,6 +4,7 @@ python -m easyrl.bench load --model=270m
 """
 
 import dataclasses
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from easyrl.bench.report import publish
 from easyrl.bench.shapes import shape
 from easyrl.core.config import flag
 from easyrl.core.dtypes import DTYPES
+from easyrl.core.errors import UserError
 from easyrl.core.sharding import make_mesh
 from easyrl.hf.families import family_of
 from easyrl.hf.layout import named_leaves
@@ -34,16 +36,22 @@ CHUNK = 1 << 24
 class Config(BenchConfig):
     """Time loading a language model's weights, which are written to a temporary folder first.
 
-    The file was just written, so on a machine with room for it all times are those of reading the page cache. Any
-    loader has to have memory for what it reads, so the file is read in two ways: through one buffer, which leaves
-    nothing behind, and into memory of its own.
+    The file was just written, so on a machine with room for it all times are those of reading the page cache, unless
+    --cold has it dropped from there before every lap. Any loader has to have memory for what it reads, so the file is
+    read in two ways: through one buffer, which leaves nothing behind, and into memory of its own.
     """
 
     model: str = flag("270m", "Shape of the model: debug, 34m, 270m, 1b, 3b or 8b.")
     mesh_dim: str = flag("1,-1,1", "Sizes of the mesh axes dp,fsdp,mp.")
     file_dtype: str = flag("", "Format of the file's numbers. Empty: that of --dtype.", choices=("", *DTYPES))
     trained: bool = flag(False, "Whether the weights will be trained: on a CPU these are copied once more.")
+    cold: bool = flag(False, "Read from the disk every time, as after a start of the machine.")
     repeats: int = flag(5, "Laps.", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cold and not hasattr(os, "posix_fadvise"):
+            raise UserError("--cold: this system cannot drop a file from its page cache")
 
 
 def main(config: Config) -> None:
@@ -54,15 +62,16 @@ def main(config: Config) -> None:
         _write(folder, cfg, config.file_dtype or config.dtype)
         file = folder / WEIGHTS
         load = lambda: jax.block_until_ready(load_params(folder, cfg, "lm", mesh, dtype, trained=config.trained))
+        seconds = lambda call: _seconds(call, file if config.cold else None)
         before, peak = resident_bytes(), 0
         laps: dict[str, list[float]] = {name: [] for name in ("loading", "reading the file", "reading into memory")}
         for _ in range(config.repeats):
-            laps["loading"].append(_seconds(load))
+            laps["loading"].append(seconds(load))
             peak = peak or peak_bytes()  # of one loading: JAX keeps what was freed until it is called again
-            laps["reading the file"].append(_seconds(lambda: _read(file)))
-            laps["reading into memory"].append(_seconds(lambda: np.fromfile(file, np.uint8)))
+            laps["reading the file"].append(seconds(lambda: _read(file)))
+            laps["reading into memory"].append(seconds(lambda: np.fromfile(file, np.uint8)))
         figures = {
-            "seconds": {name: spread(seconds) for name, seconds in laps.items()},
+            "seconds": {name: spread(lap) for name, lap in laps.items()},
             "laps": laps,
             "bytes": file.stat().st_size,
             "peak_bytes": peak,
@@ -71,7 +80,12 @@ def main(config: Config) -> None:
     publish(config, "load", figures | {"limits": measure_limits(config.dtype)})
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def _seconds(call: Callable[[], Any], dropped: Path | None) -> float:
+    """What the call takes, after this file was dropped from the page cache."""
+    if dropped:
+        with dropped.open("rb") as file:
+            os.fsync(file.fileno())  # what has not reached the disk stays in the cache
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

@@ -4,8 +4,9 @@ import numpy as np
 
 
 def tokens_alike(tokens: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """int [B / 2]: the tokens at the start of sequences 2i and 2i + 1 that are the same and come before any whose
-    successor is an answer's (`mask`), so that what a loss reads stays with each sequence.
+    """int [B / 2]: the tokens with which sequences 2i and 2i + 1 begin alike, short of the prompt's last one.
+
+    That one predicts the first token of an answer, and a loss reads both in one sequence: each keeps its own.
 
     Args:
       tokens: int [B, T], right-padded.

@@ -124,7 +124,7 @@ class _Bins:
         return False
 
     def _in_one_row(self, unit: int, free: Sequence[int]) -> list[int] | None:
-        """For each sequence of the unit the fullest row with room for all of it, if that spares tokens."""
+        """For each sequence of the unit the same row, the fullest with room for all of it, if that spares tokens."""
         if not self._alike[unit]:
             return None
         fitting = [row for row, places in enumerate(free) if places >= self._totals[unit]]
@@ -143,7 +143,7 @@ class _Bins:
         return [rows[sequence] for sequence in sequences]
 
     def _put(self, sequences: list[int], rows: list[int], number: int) -> None:
-        """Into these rows of a bin whose room is not noted."""
+        """Into these rows of a bin that is not in `_room`, which then has it with what is left."""
         free = self._free[number]
         for row, group in itertools.groupby(zip(rows, sequences, strict=True), lambda pair: pair[0]):
             together = [sequence for _, sequence in group]

@@ -80,8 +80,8 @@ class PackedDatasetConfig(DatasetConfig):
     )
     row_length: int = flag(
         0,
-        "Tokens in the longest packed rows. 0: as many as the longest sequence has, or twice that, where that leaves "
-        "less padding.",
+        "Tokens in the longest packed rows. 0: as many as the longest sequence has, or as the longest pair, or "
+        "twice the former, where that leaves less padding.",
         least=0,
     )
     batch_rows: int = flag(
@@ -92,6 +92,7 @@ class PackedDatasetConfig(DatasetConfig):
     share_prompts: bool = flag(
         True,
         "Compute the prompt of a pair once for both its answers, where they fit in one row. The splash kernel cannot.",
+        may_change=True,
     )
 
     @property

@@ -18,7 +18,6 @@ from easyrl.data.packing import (
     choose_shapes,
     group_shapes,
     pack,
-    padding_share,
     rounded_up,
 )
 from easyrl.data.report import table
@@ -120,7 +119,8 @@ class Loader:
 
     def padding_share(self) -> float:
         """The share of places that hold no token, of those that the model passes over in the first steps."""
-        return padding_share(self._first_batches(SUMMARY_STEPS), self.shapes, packed=self._packed)
+        packings = [self.batch(step).packing for step in range(min(self.order.steps(0), SUMMARY_STEPS))]
+        return 1.0 - sum(one.tokens for one in packings) / sum(one.places for one in packings)
 
     def summary(self) -> str:
         """A table of the dataset and of how it is batched."""

@@ -55,10 +55,14 @@ class Packing(NamedTuple):
         """The tokens for which the groups that are needed have room."""
         return _places((len(plan.source) for plan in self.plans), self.shapes)
 
+    @property
+    def tokens(self) -> int:
+        """Those that the rows hold: of what a pair begins with each once where it lies once."""
+        return sum(int(np.count_nonzero(plan.segment_ids)) for plan in self.plans)
+
     def padding_share(self) -> float:
         """The share of these places that no token takes."""
-        tokens = sum(int(np.count_nonzero(plan.segment_ids)) for plan in self.plans)
-        return 1.0 - tokens / max(self.places, 1)
+        return 1.0 - self.tokens / max(self.places, 1)
 
 
 def rounded_up(length: int) -> int:
@@ -112,26 +116,28 @@ def choose_shapes(
 ) -> tuple[Shape, ...]:
     """Groups of rows of `longest` tokens, or of longer ones where those leave much padding in batches like `trials`.
 
-    Rows may become twice as long, or so long that the sequences of every unit that begin alike lie in one. Tokens that
-    begin alike and lie in a row each count as padding.
+    Rows may become twice as long, or so long that the sequences of every unit that begin alike lie in one, but no
+    longer: attention costs more in them, and memory. Tokens that begin alike and lie in a row each count as padding.
     """
     longer = {2 * longest}
     if any(units.alike.any() for units in trials):
         longer.add(min(rounded_up(max(int(units.totals.max()) for units in trials)), 2 * longest))
     chosen = shapes_for(longest)
-    padding = padding_share(trials, chosen)
-    if padding <= MUCH_PADDING:
+    spare = spare_share(trials, chosen)
+    if spare <= MUCH_PADDING:
         return chosen
     for length in sorted(length for length in longer if length > longest):
         shapes = shapes_for(length)
-        if (less := padding_share(trials, shapes)) < padding:
-            chosen, padding = shapes, less
+        if (less := spare_share(trials, shapes)) < spare:
+            chosen, spare = shapes, less
     return chosen
 
 
-def padding_share(batches: Sequence[Units], shapes: Sequence[Shape], *, packed: bool = True) -> float:
-    """The share of places that no token takes in groups of these shapes; of tokens that begin alike one has to."""
-    places = sum(_places(map(len, rows_of_shapes(units, shapes, packed=packed)), shapes) for units in batches)
+def spare_share(batches: Sequence[Units], shapes: Sequence[Shape]) -> float:
+    """The share of places in groups of these shapes that could be spared: what no token takes, and what tokens take
+    that begin alike, but for one of them.
+    """
+    places = sum(_places(map(len, rows_of_shapes(units, shapes)), shapes) for units in batches)
     return 1.0 - sum(int(units.totals.sum()) for units in batches) / places
 
 

@@ -30,9 +30,7 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
     online = getattr(config, "online", False)
     compute = compute_settings(config)
     cfg = find_config(config.load_checkpoint, compute=compute)
-    unpaired = (
-        (script, config.loss) in (("train_dpo", KTO), ("train_rm", "pointwise")) if script != "train_sft" else True
-    )
+    unpaired = script == "train_sft" or config.loss in (KTO, "pointwise")
     per_sample = 1 if unpaired else 2
     data = config.train_dataset
     T = config.longest[1]
@@ -84,7 +82,13 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
             recomputed=remat_share(cfg) * forward, parts={"gradients": model.gradients()}, layers=cfg.num_layers,
         )
     )  # fmt: skip
-    return ScriptPlan(phases, resident, tokens=B * size)
+    condition = ""
+    if not (data.row_length or online):
+        condition = (
+            f"rows of up to {length:,} tokens; where data leave much padding in these, a trainer takes rows of up to "
+            f"{2 * length:,}, unless --train_dataset.row_length={length} is given"
+        )
+    return ScriptPlan(phases, resident, tokens=B * size, condition=condition)
 
 
 def _reference(

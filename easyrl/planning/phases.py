@@ -47,6 +47,7 @@ class ScriptPlan:
     phases: list[Phase]
     resident: dict[str, tuple[str, Any]]
     tokens: float  # that one step works on
+    condition: str = ""  # what the plan takes for granted and the data may make otherwise; empty: nothing
 
     def resident_bytes(self) -> dict[str, int]:
         """Bytes on one device by kind: weights, frozen weights, optimizer."""

@@ -55,6 +55,7 @@ class Report:
             "phases": [self._phase(m) for m in self.measured],
             "peak": self.peak,
             "fits": self.fits,
+            "condition": self.plan.condition,
             "seconds": self.seconds,
             "tokens": self.plan.tokens,
             "tokens_per_second": self.plan.tokens / self.seconds if self.seconds else None,
@@ -137,6 +138,8 @@ def text(report: Report) -> str:
         lines.append(f"fits: {report.peak / GIB:.2f} of {limit:.2f} GiB{step}")
     else:
         lines.append(f"does not fit: {' '.join(advice(report))}")
+    if report.plan.condition:
+        lines.append(f"planned for {report.plan.condition}")
     return "\n".join(lines)
 
 

@@ -111,7 +111,7 @@ def make_reward_step(
     """`step(state: TrainState, batch: RewardBatch) -> (state, metrics)`, jitted, `state` donated.
 
     Metrics (`Mean` pairs): loss and those of `algos.preference`, grad_norm before clipping, skipped (1 where loss
-    or gradient was not finite and the state was left as it was), tokens (all the real ones).
+    or gradient was not finite and the state was left as it was), tokens (those worked on: a shared prompt once).
     """
     objective = _objective(cfg, mesh, config, pad_id)
     shardings = state_shardings(param_specs(cfg, "reward"), optimizer, mesh)

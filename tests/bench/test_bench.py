@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 
@@ -79,9 +80,13 @@ def test_an_unknown_benchmark_is_one_line_and_status_2(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("easyrl: error: unknown benchmark 'foo', expected one of decode, ")
 
 
-def test_loading_writes_its_figures(tmp_path):
+@pytest.mark.parametrize("cold", [False, True])
+def test_loading_writes_its_figures(cold, tmp_path):
+    if cold and not hasattr(os, "posix_fadvise"):
+        pytest.skip("this system cannot drop a file from its page cache")
     module = importlib.import_module("easyrl.bench.load")
-    module.main(load_config(module.Config, ["--model=debug", "--repeats=1", f"--json={tmp_path / 'figures.json'}"]))
+    flags = ["--model=debug", "--repeats=1", f"--cold={cold}", f"--json={tmp_path / 'figures.json'}"]
+    module.main(load_config(module.Config, flags))
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["bytes"] > 4 * num_params(param_specs(SHAPES["debug"], "lm"))
     assert set(found["seconds"]) == {"loading", "reading the file", "reading into memory"}
