@@ -225,6 +225,5 @@ def _samples(source: Source, encoder: Encoder, report: DataReport, on_bad: OnBad
 
 
 def _what_happened(report: DataReport) -> str:
-    left_out = dict(report.skipped) | ({"too long": report.too_long} if report.too_long else {})
-    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in (report.skipped + report.left_out).items())
     return f"{report.rows} rows read" + (f", left out: {reasons}" if reasons else "")

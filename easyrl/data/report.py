@@ -6,6 +6,8 @@ from typing import Any
 
 from easyrl.data.messages import BadRow
 
+COUNTERS = ("skipped", "left_out")
+
 
 @dataclass
 class DataReport:
@@ -15,7 +17,7 @@ class DataReport:
     rows: int = 0  # read
     skipped: Counter[str] = field(default_factory=Counter)  # bad rows by reason, under skip_bad_rows
     first_skipped: str = ""  # the complaint about the first of them
-    too_long: int = 0  # samples left out under remove_truncated_samples
+    left_out: Counter[str] = field(default_factory=Counter)  # samples by reason (see data.sequences)
     samples: int = 0  # kept
     prompts_cut: int = 0  # samples whose prompt lost its start
     answers_cut: int = 0  # samples of which an answer lost its end
@@ -31,12 +33,12 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as JSON takes them."""
-        return asdict(self) | {"skipped": dict(self.skipped)}
+        return asdict(self) | {name: dict(getattr(self, name)) for name in COUNTERS}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DataReport":
         """The inverse of `to_dict`."""
-        return cls(**(values | {"skipped": Counter(values["skipped"])}))
+        return cls(**(values | {name: Counter(values[name]) for name in COUNTERS}))
 
     def lines(self) -> list[tuple[str, str]]:
         """(what, how many) for every count worth telling."""
@@ -46,7 +48,7 @@ class DataReport:
         lines += [(f"  skipped: {reason}", f"{count:,}") for reason, count in sorted(self.skipped.items())]
         if self.first_skipped:
             lines.append(("  first skipped", self.first_skipped))
-        lines += [(what, f"{count:,}") for what, count in (("dropped: too long", self.too_long),) if count]
+        lines += [(f"dropped: {reason}", f"{count:,}") for reason, count in sorted(self.left_out.items())]
         lines.append(("samples", f"{self.samples:,}"))
         counts = (
             ("  prompt cut from the left", self.prompts_cut),

@@ -12,6 +12,10 @@ from easyrl.data.messages import as_dicts
 from easyrl.data.readers import Row
 from easyrl.data.templates import Answered, Template
 
+# Why a sample is left out.
+TOO_LONG = "too long"  # under remove_truncated_samples
+ALIKE = "answers alike"  # of a pair, once a template has trimmed them or the end in which they differ is cut off
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -31,7 +35,7 @@ class TokenSequence(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One sample, tokenised: one sequence, or two for a pair (chosen, rejected), or none if it was too long to keep."""
+    """One sample, tokenised: one sequence, or two for a pair (chosen, rejected), or none if it is left out."""
 
     sequences: tuple[TokenSequence, ...]
     value: float = 0.0  # a pair's margin, or 1.0 or 0.0 for a label
@@ -39,6 +43,7 @@ class Sample(NamedTuple):
     prompt_cut: bool = False
     answer_cut: bool = False
     rewritten: int = 0
+    left_out: str = ""  # why, as the report has it
 
 
 def fit(prompt: int, completions: list[int], limits: Limits) -> tuple[int, list[int]]:
@@ -95,11 +100,13 @@ class Encoder:
         prompt_cut = kept < prompt_length
         answer_cut = any(kept < len(one.completion) for kept, one in zip(kept_completions, encoded, strict=True))
         if self.limits.remove_truncated and (prompt_cut or answer_cut):
-            return Sample(())
+            return Sample((), left_out=TOO_LONG)
         if isinstance(example, Labelled) and not example.prompt:
             # A whole text is judged at its end: it loses its beginning, as a long prompt does.
             encoded = [_last(one, length) for one, length in zip(encoded, kept_completions, strict=True)]
         sequences = tuple(self._join(one, kept, length) for one, length in zip(encoded, kept_completions, strict=True))
+        if isinstance(example, Pair) and np.array_equal(sequences[0].tokens, sequences[1].tokens):
+            return Sample((), left_out=ALIKE)  # no preference, and which scores higher would be a matter of rounding
         rewritten = sum(one.rewritten for one in encoded)
         return Sample(sequences, value, _json(example.columns), prompt_cut, answer_cut, rewritten)
 
@@ -107,7 +114,7 @@ class Encoder:
         tokens = self.template.encode_prompt(example.messages)
         prompt_cut = len(tokens) > self.limits.seq_length
         if prompt_cut and self.limits.remove_truncated:
-            return Sample(())
+            return Sample((), left_out=TOO_LONG)
         tokens = cut_left(tokens, self.limits.seq_length, self.template.bos_id)
         sequence = TokenSequence(tokens, np.zeros(len(tokens), bool), len(tokens))
         columns = {"messages": as_dicts(example.messages), "columns": example.columns}

@@ -22,7 +22,7 @@ from easyrl.core.files import sync
 from easyrl.data.report import DataReport
 from easyrl.data.sequences import Sample, TokenSequence
 
-VERSION = 2  # of the files below and of how rows become tokens: a change of either makes old stores useless
+VERSION = 3  # of the files below and of how rows become tokens: a change of either makes old stores useless
 FORGOTTEN = 86_400  # seconds after which what is left of a killed process is removed
 TOKENS = ("tokens.bin", np.int32)
 MARKS = ("is_answer.bin", np.bool_)
@@ -133,7 +133,7 @@ def _write(folder: Path, samples: Iterable[Sample], report: DataReport, per_samp
     ):
         for sample in samples:
             if not sample.sequences:
-                report.too_long += 1
+                report.left_out[sample.left_out] += 1
                 continue
             for sequence in sample.sequences:
                 tokens.write(sequence.tokens.astype(TOKENS[1]).tobytes())

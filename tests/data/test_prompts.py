@@ -55,7 +55,7 @@ def test_long_prompts_are_cut_from_the_left(write_rows, template):
     assert template.tokenizer.decode(batch.tokens[0, 1:32]).endswith("x end?\n<|assistant|>\n")
     assert batch.tokens[0, 0] == template.tokenizer.bos_token_id
     left = dataset(path, template, batch_size=1, seq_length=32, remove_truncated_samples=True)
-    assert len(left) == 1 and left.dataset.stores[0].report.too_long == 1
+    assert len(left) == 1 and left.dataset.stores[0].report.left_out == {"too long": 1}
 
 
 def test_too_few_prompts(write_rows, template):

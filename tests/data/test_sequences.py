@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from easyrl.data.readers import Row
-from easyrl.data.sequences import Encoder, Limits, fit
+from easyrl.data.sequences import ALIKE, Encoder, Limits, fit
 from easyrl.data.templates import load_template
 
 
@@ -85,6 +85,15 @@ def test_what_would_be_cut_can_be_left_out(template, row):
     assert sample.sequences == ()
     (sample,) = encode(template, "sft", row, 600, remove_truncated=True)
     assert len(sample.sequences) == 1 and not (sample.prompt_cut or sample.answer_cut)
+
+
+def test_a_pair_whose_answers_are_the_same_tokens_is_left_out(template, tokenizer):
+    row = {"prompt": "q", "chosen": "x" * 200 + " yes", "rejected": "x" * 200 + " no"}
+    (cut,), (whole,) = (encode(template, "pair", row, length) for length in (60, 400))
+    assert (cut.sequences, cut.left_out) == ((), ALIKE) and len(whole.sequences) == 2 and not whole.left_out
+    trimming = load_template("llama3", tokenizer)
+    (trimmed,) = encode(trimming, "pair", {"prompt": "q", "chosen": "yes", "rejected": "yes "}, 400)
+    assert (trimmed.sequences, trimmed.left_out) == ((), ALIKE)
 
 
 def test_labels_and_texts(template):
