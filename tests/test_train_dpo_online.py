@@ -234,7 +234,7 @@ def test_a_step_without_a_pair_changes_nothing(flags, folder, tmp_path):
         ({"train_dataset.batch_rows": 4}, "--train_dataset.batch_rows=4: --online does not read it"),
         (
             {"micro_batch_size": 3},
-            "--micro_batch_size=3: does not divide by dp x fsdp = 1 of --mesh_dim=1,1,1, and by 2,",
+            "--micro_batch_size=3: expected a multiple of 2: dp x fsdp = 1 of --mesh_dim=1,1,1, and the 2 rows of a",
         ),
         ({"train_dataset.row_length": 19}, "--train_dataset.row_length=19: expected at least 20"),
         ({"train_dataset.seq_length": 41}, "--train_dataset.seq_length + --max_continuation_len=49: the model of"),

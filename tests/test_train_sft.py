@@ -118,7 +118,11 @@ def test_loss_on_all_tokens_in_several_passes(folder, flags, tmp_path):
         ({"eval_dataset.path": "nowhere.jsonl"}, "--eval_dataset.path: nowhere.jsonl: no such file"),
         ({"eval_dataset.split": "[4:2"}, None),
         ({"template": "nothing"}, "--template=nothing: found no such template"),
-        ({"mesh_dim": "4,2,1", "micro_batch_size": 12}, "--micro_batch_size=12: does not divide by dp x fsdp = 8"),
+        (
+            {"mesh_dim": "4,2,1", "micro_batch_size": 12},
+            "--micro_batch_size=12: expected a multiple of 8: dp x",
+        ),
+        ({"save_best": True}, "--save_best: nothing says which is the best, expected --eval_dataset.path, too"),
         ({"loss_on": "prompts"}, "loss_on=prompts: expected one of answers, all"),
         ({"lr": -1}, "lr=-1: expected 0 or more"),
     ],

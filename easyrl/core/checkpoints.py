@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import textwrap
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ T = TypeVar("T")
 STATE, FACTS, MODELS = "state", "run.json", "models"
 FORMAT = 1  # of all this; a reader refuses any other
 ANSWER = 60  # seconds that a store has for its first answer
+REASON = 200  # letters of a store's complaint, which can be a page
 TIMEOUT = 1200  # seconds that processes wait for each other's parts of a checkpoint
 
 
@@ -130,7 +132,10 @@ def read_arrays(folder: epath.Path, step: int, abstract: Any) -> Any:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arrays = reader.restore(_for_orbax(path), args=arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be restored: {error}") from error
+        reason = textwrap.shorten(str(error), REASON)
+        raise UserError(
+            f"{path}: cannot be restored: {reason}; an earlier step may be whole: remove {path.parent}, or name one"
+        ) from error
     for place, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         if isinstance(leaf, jax.ShapeDtypeStruct):  # what orbax gives for an array that is not there
             raise UserError(f"{path}: cannot be restored: has no {path_str(place)}, expected {list(leaf.shape)}")

@@ -22,7 +22,7 @@ from easyrl.data.messages import BadRow
 from easyrl.data.readers import OnBad, Row, Source, open_source, parse_mixture, parse_split, refuse
 from easyrl.data.report import DataReport, table
 from easyrl.data.sequences import Encoder, Limits, Sample, TokenSequence
-from easyrl.data.store import VERSION, Store, open_store, write_store
+from easyrl.data.store import VERSION, Store, Unwritable, open_store, write_store
 from easyrl.data.templates import Template
 from easyrl.data.tokenizer import fingerprint
 from easyrl.data.workers import encode_rows
@@ -173,6 +173,8 @@ def load_dataset(config: DatasetConfig, kind: str, template: Template, name: str
     try:
         parts = parse_mixture(config.path)
         stores = [_load(open_source(path, split), encoder, config, cache) for path, _ in parts]
+    except Unwritable as error:
+        raise UserError(f"--{name}.cache_dir={config.cache_dir}: {error}") from None
     except UserError as error:
         raise UserError(f"--{name}.path: {error}") from None
     weights = [weight for _, weight in parts if weight is not None]

@@ -29,6 +29,10 @@ MARKS = ("is_answer.bin", np.bool_)
 COLUMNS = ("columns.bin", np.uint8)
 
 
+class Unwritable(UserError):
+    """Nothing can be written into the cache."""
+
+
 class Store:
     """The samples of one dataset, for random access. Nothing is in memory but a few numbers for each sample.
 
@@ -82,7 +86,7 @@ def open_store(folder: Path) -> Store | None:
 def write_store(folder: Path, samples: Iterable[Sample], report: DataReport, per_sample: int) -> Store:
     """Writes `samples` as the store `folder`, counting them in `report`, and opens it.
 
-    `report` is complete only when `samples` has been used up, and is written last. Raises UserError when the folder
+    `report` is complete only when `samples` has been used up, and is written last. Raises Unwritable when the folder
     cannot be written.
     """
     try:
@@ -91,12 +95,12 @@ def write_store(folder: Path, samples: Iterable[Sample], report: DataReport, per
         beside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
         beside.mkdir()  # for others to read as the umask has it, where several people share a cache
     except OSError as error:
-        raise UserError(f"cache folder {folder.parent}: cannot be written ({error.strerror})") from None
+        raise Unwritable(f"cache folder {folder.parent}: cannot be written ({error.strerror})") from None
     try:
         _write(beside, samples, report, per_sample)
         return _move(beside, folder)
     except OSError as error:
-        raise UserError(f"cache folder {folder.parent}: cannot be written ({error.strerror})") from None
+        raise Unwritable(f"cache folder {folder.parent}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -139,7 +139,8 @@ class Checkpoints:
         except Exception as error:  # stores have errors of their own
             if not (is_remote(self.folder) or is_of_the_disk(error)):
                 raise
-            raise UserError(f"{self.folder}: cannot write checkpoints there: {reason_of(error)}") from None
+            named = "--checkpoint_dir=" if config.checkpoint_dir else ""
+            raise UserError(f"{named}{self.folder}: cannot write checkpoints there: {reason_of(error)}") from None
         sign = direction(best_by)
         saved_at, saved, under_way = clock(), self.start, False
         ballot = Ballot()

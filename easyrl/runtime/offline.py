@@ -84,6 +84,8 @@ def find_start(config: OfflineConfig, head: str = "lm") -> Start:
 
     Raises UserError naming the flag when one cannot be had, or they do not fit each other or the lengths asked for.
     """
+    if config.save_best and not config.eval_dataset.path:
+        raise UserError("--save_best: nothing says which is the best, expected --eval_dataset.path, too")
     model = find_model(config.load_checkpoint, head=head, compute=compute_settings(config))
     name, longest = config.longest
     if model.cfg.max_positions < longest:

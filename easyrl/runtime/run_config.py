@@ -1,6 +1,7 @@
 """The flags that every trainer has."""
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 from jax.sharding import Mesh
@@ -40,8 +41,8 @@ class RunConfig:
         "", "Folder of the run; given again, the run goes on. Empty: runs/<script>-<date>-<time>.", may_change=True
     )
     micro_batch_size: int = flag(
-        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp. 0: enough for "
-        "1,024 tokens a device.",
+        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp, and even for "
+        "pairs. 0: enough for 1,024 tokens a device.",
         least=0, may_change=True,
     )  # fmt: skip
     max_bad_steps: int = flag(
@@ -112,6 +113,6 @@ def find_shapes(
         return group_shapes(longest, shards, rows=rows, together=together, sequences=sequences)
     except ValueError:
         raise UserError(
-            f"--micro_batch_size={rows}: does not divide by dp x fsdp = {shards} of --mesh_dim={config.mesh_dim}"
-            + (f", and by {together}, for pairs" if together > 1 else "")
+            f"--micro_batch_size={rows}: expected a multiple of {math.lcm(shards, together)}: dp x fsdp = {shards} of "
+            f"--mesh_dim={config.mesh_dim}" + (f", and the {together} rows of a pair" if together > 1 else "")
         ) from None

@@ -54,7 +54,7 @@ def test_rows_that_devices_cannot_share_are_one_line(kind):
     module = importlib.import_module(f"easyrl.bench.{kind}")
     wrong = ["--mesh_dim=2,-1,1", "--micro_batch_size=3"]
     with pytest.raises(
-        UserError, match=r"^--micro_batch_size=3: does not divide by dp x fsdp = 8 of --mesh_dim=2,-1,1"
+        UserError, match=r"^--micro_batch_size=3: expected a multiple of 8: dp x fsdp = 8 of --mesh_dim=2,-1,1"
     ):
         module.main(load_config(module.Config, [*SMALL, *SIZES[kind], *wrong]))
 

@@ -120,7 +120,7 @@ def test_cache_folders(write_rows, template, tmp_path, cache_folder):
     load(path, template)
     assert len(list((cache_folder / "data").iterdir())) == 1
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cache folder .*file/data: cannot be written"):
+    with pytest.raises(UserError, match=r"^--train_dataset.cache_dir=.*file: cache folder .*file/data: cannot be"):
         load(path, template, cache_dir=str(tmp_path / "file"))
 
 

@@ -141,7 +141,7 @@ LAYOUT = {
     ),
     "a micro-batch that does not divide": (
         lambda b: {"mesh_dim": "2,2,2", "micro_batch_size": 6},
-        "--micro_batch_size=6: does not divide by dp x fsdp = 4 of --mesh_dim=2,2,2",
+        "--micro_batch_size=6: expected a multiple of 4: dp x fsdp = 4 of --mesh_dim=2,2,2",
     ),
     "heads that do not divide": (
         lambda b: {"mesh_dim": "1,1,8", "load_checkpoint_policy": b.other_model(num_heads=4, num_kv_heads=4)},
