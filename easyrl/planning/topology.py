@@ -153,7 +153,7 @@ def find_devices(topology: Topology) -> list[jax.Device]:
         import libtpu  # noqa: F401  (jax would say less clearly that it is missing)
     except ImportError:
         raise UserError(
-            f"--topology={topology.text}: compiling for a TPU needs libtpu: pip install 'easyrl[tpu]'"
+            f"--topology={topology.text}: compiling for a TPU needs libtpu: pip install -e '.[tpu]' in a clone"
         ) from None
     from jax.experimental import topologies
 
