@@ -8,6 +8,7 @@ only whole copy) and back. docs/convert.md has more.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from easyrl.core.command_line import run
 from easyrl.core.config import flag
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import RunFailed, UserError
-from easyrl.core.files import check_folder
+from easyrl.core.files import check_folder, set_aside
 from easyrl.core.sharding import make_mesh
 from easyrl.data.tokenizer import TOKENIZER_FILES, Tokenizer, check_vocabulary, load_tokenizer
+from easyrl.hf.easylm import KINDS as EASYLM_KINDS
 from easyrl.hf.export import check_replaceable, export_model
 from easyrl.hf.families import class_name
 from easyrl.hf.fields import read_json
 from easyrl.hf.model_card import ModelCard
+from easyrl.hf.presets import PRESETS
 from easyrl.hf.refs import FoundModel, find_model, load_weights, parse_ref, stored_as
 from easyrl.hf.saved import SavedModel, write_models
 from easyrl.hf.verify import has_torch, our_outputs, random_tokens, transformers_outputs
@@ -72,6 +75,8 @@ def main(config: Config) -> None:
     named, folder = f"--output_dir={config.output_dir}", Path(config.output_dir).resolve()
     config = dataclasses.replace(config, output_dir=str(folder))
     place = folder / "checkpoints" if config.format == "easyrl" else folder
+    if any(path in (folder, place) or place in path.parents for path in sources(config.load_checkpoint)):
+        raise UserError(f"{named}: is where --load_checkpoint={config.load_checkpoint} lies, expected another folder")
     check_folder(place.parent, named)
     check_replaceable(place)
 
@@ -88,6 +93,8 @@ def main(config: Config) -> None:
     ours = our_outputs(params, found.cfg, head, tokens) if config.verify else None
     write = write_transformers if config.format == "hf" else write_checkpoint
     try:
+        if place.exists() and any(place.iterdir()):
+            print(f"an earlier export in {place} is in {set_aside(place)} now", flush=True)
         write(config, found, head, params, tokenizer)
     except OSError as error:
         raise UserError(f"{named}: cannot be written ({error.strerror or error})") from None
@@ -97,6 +104,19 @@ def main(config: Config) -> None:
     # ------------------------------------------------------------ compare
     if ours is not None:
         verify(config, mesh, found, head, tokens, ours)
+
+
+def sources(ref: str) -> list[Path]:
+    """The files and folders, by their real paths, that `ref` names and that are there; what it has from a preset, the
+    Hub or a store is none. A random model has none either: all that it needs is read before anything is written.
+    """
+    kind, target = parse_ref(ref)
+    if kind in EASYLM_KINDS:
+        names = [name for name in target.rsplit("@", 1) if name not in PRESETS]
+    else:
+        names = {"hf": [target], "easyrl": [target, f"{target}/checkpoints"]}.get(kind, [])
+    paths = [Path(name).expanduser() for name in names]
+    return [path.resolve() for path in paths if os.path.exists(path)]  # False, too, for JSON, too long for a name
 
 
 def find_tokenizer(config: Config, found: FoundModel) -> Tokenizer | None:

@@ -159,17 +159,17 @@ def test_a_place_that_cannot_be_written_is_known_before_anything_is_read(monkeyp
 
 
 def test_a_link_and_the_working_folder_are_places(model, tmp_path, monkeypatch):
-    """What a link names is replaced, also a second time, and the link stays."""
+    """What a link names is replaced, also a second time, when the first has another name; the link stays."""
     source = model()
     (tmp_path / "large" / "disk").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "large" / "disk")
     for _ in range(2):
         run(f"hf::{source}", tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "large" / "disk" / WEIGHTS).exists()
-    assert [path.name for path in (tmp_path / "large").iterdir()] == ["disk"]
+    assert {path.name for path in (tmp_path / "large").iterdir()} == {"disk", "disk.1"}
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^--output_dir: .*: holds files that are not an earlier export"):
-        run(f"hf::{source}", ".")
+        run("random::bloom-debug", ".")
 
 
 def test_a_disk_that_fails_is_one_line(model, tmp_path, monkeypatch):
@@ -188,3 +188,63 @@ def test_what_is_there_already_stays(model, tmp_path, format):
     with pytest.raises(UserError, match="holds files that are not an earlier export"):
         run(f"hf::{source}", tmp_path / "out", format=format)
     assert [path.name for path in place.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("ref", "output_dir", "format"),
+    [
+        ("hf::source", "source", "hf"),
+        ("hf::link", "source", "hf"),
+        ("hf::source", "link", "hf"),
+        ("hf::source", "source", "easyrl"),
+        ("hf::source/inner", "source", "hf"),
+        ("easyrl::run", "run", "hf"),
+        ("easyrl::run", "run", "easyrl"),
+        ("easyrl::run/checkpoints/0", "run", "easyrl"),
+        ("params::source/streaming_params@easylm-7b", "source", "hf"),
+        ("params::streaming_params@source", "source", "hf"),
+        ("params::streaming_params@source/config.json", "source", "hf"),
+    ],
+)
+def test_a_model_is_not_written_where_it_lies(tmp_path, monkeypatch, ref, output_dir, format):
+    """In one line that names both flags, before anything is read."""
+    monkeypatch.setattr(convert, "find_model", None)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("source/inner", "run/checkpoints/0"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("source/config.json", "source/streaming_params", "streaming_params"):
+        (tmp_path / file).write_text('{"trained_with": "easyrl"}')
+    (tmp_path / "link").symlink_to("source")
+    message = f"--output_dir={output_dir}: is where --load_checkpoint={ref} lies, expected another folder"
+    with pytest.raises(UserError, match=f"^{message}$"):
+        run(ref, output_dir, format=format)
+
+
+def test_beside_the_source_is_another_place(tmp_path, monkeypatch):
+    """What is no file here is not where a model lies, nor is a folder that is named as a preset is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "easylm-7b").mkdir()
+    assert convert.sources("easyrl::run") == [tmp_path / "run", tmp_path / "run" / "checkpoints"]
+    text = json.dumps({"a": "b" * 300})
+    for ref in ("params::x@easylm-7b", f"params::x@{text}", "random::easylm-7b", "hf::org/name", "easyrl::gs://x/run"):
+        assert convert.sources(ref) == []
+
+
+def test_an_earlier_export_gets_another_name(model, tmp_path, capsys):
+    source, out = model(), tmp_path / "out"
+    run(f"hf::{source}", out)
+    assert "an earlier export" not in capsys.readouterr().out
+    for name in ("out.1", "out.2"):
+        run(f"hf::{source}", out, dtype="bf16")
+        assert f"an earlier export in {out} is in {tmp_path / name} now\n" in capsys.readouterr().out
+    assert_same(load_file(tmp_path / "out.1" / WEIGHTS), load_file(source / WEIGHTS))
+    for folder in (out, tmp_path / "out.2"):
+        assert {x.dtype.name for x in load_file(folder / WEIGHTS).values()} == {"bfloat16"}
+
+
+def test_a_model_that_cannot_be_read_leaves_the_earlier_export_where_it_is(model, tmp_path):
+    run(f"hf::{model()}", tmp_path / "out")
+    with pytest.raises(UserError, match=r"score\.weight is missing"):
+        run(f"hf::{tmp_path / 'source'}", tmp_path / "out", head="reward")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
