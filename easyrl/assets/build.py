@@ -26,6 +26,7 @@ from easyrl.assets import stories
 from easyrl.core.command_line import run
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
+from easyrl.core.files import check_folder
 from easyrl.core.params import init_params, num_params
 from easyrl.core.sharding import make_mesh
 from easyrl.data.dataset import PackedDatasetConfig, load_dataset
@@ -80,13 +81,18 @@ class Config:
 
 def main(config: Config) -> None:
     output_dir = Path(config.output_dir)
+    for name in ("data_dir",) if config.data_only else ("data_dir", "output_dir"):
+        if folder := getattr(config, name):
+            check_folder(Path(folder), f"--{name}={folder}")
     with tempfile.TemporaryDirectory() as scratch:
         data_dir = Path(config.data_dir or scratch)
         seed = config.seed
         sft = write_rows(data_dir / "sft.jsonl", stories.demonstrations(config.num_demonstrations, seed))
         pairs = write_rows(data_dir / "preferences.jsonl", stories.preferences(config.num_preferences, seed))
         held_out = stories.preferences(NUM_EVAL_PREFERENCES, seed, evaluation=True)
-        write_rows(data_dir / "preferences_eval.jsonl", held_out)
+        eval_pairs = write_rows(data_dir / "preferences_eval.jsonl", held_out)
+        if config.data_dir:
+            print(f"{pairs}\n{eval_pairs}\n{sft}", flush=True)
         if config.data_only:
             return
         for name, size, evaluation in (

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from easyrl import assets
-from easyrl.assets import stories
+from easyrl.assets import build, stories
+from easyrl.core.command_line import load_config
+from easyrl.core.errors import UserError
 from easyrl.core.sharding import make_mesh
 from easyrl.data.messages import Message
 from easyrl.data.packing import Shape, pack
@@ -162,3 +164,27 @@ def test_quality_adds_up():
     story = stories.write_story(random.Random(3), topic, ruined)
     assert "cat" not in story.text and "in the rain" not in story.text
     assert story.text.endswith(stories.RAMBLINGS) and story.quality < -2.0
+
+
+def test_the_training_data_alone(tmp_path, capsys):
+    data = tmp_path / "new" / "data"
+    sizes = ["--num_demonstrations=3", "--num_preferences=2"]
+    build.main(load_config(build.Config, [f"--data_dir={data}", "--data_only", *sizes]))
+    names = ("preferences.jsonl", "preferences_eval.jsonl", "sft.jsonl")
+    assert capsys.readouterr().out.splitlines() == [str(data / name) for name in names]
+    assert [len(rows(data / name)) for name in names] == [2, build.NUM_EVAL_PREFERENCES, 3]
+    assert sorted(path.name for path in data.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"), [(["--data_only"], "data_dir"), ([], "data_dir"), (["--data_dir="], "output_dir")]
+)
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, flags, named):
+    """Before any data are made."""
+    monkeypatch.setattr(stories, "demonstrations", None)
+    file = tmp_path / "file"
+    file.write_text("thesis")
+    for place in (file, file / "inner"):
+        with pytest.raises(UserError, match=rf"^--{named}={place}: cannot be written \("):
+            build.main(load_config(build.Config, [f"--data_dir={place}", f"--output_dir={place}", *flags]))
+    assert file.read_text() == "thesis"
