@@ -45,7 +45,11 @@ REWARD = "--load_checkpoint_reward"
 class Config:
     """Measure a reward model on preference pairs, or one set of answers against another."""
 
-    load_checkpoint_reward: str = flag("", "The reward model: hf::DIR_OR_HUB_ID.")
+    load_checkpoint_reward: str = flag(
+        "",
+        "The reward model: hf::DIR_OR_HUB_ID, easyrl::DIR, params::FILE@CONFIG (EasyLM's) or "
+        "random::PRESET_OR_CONFIG_JSON.",
+    )
     judge: str = flag("", "Command of an external judge (docs/reward_models.md), instead of a reward model.")
     dataset: str = flag("", "Preference pairs to measure the reward model on: a file, folder or hub id.")
     split: str = flag("", "Part of the pairs: a split's name, a slice of rows, or both, as in [2048:] or test[:100].")

@@ -55,7 +55,10 @@ LAYOUT = ("prompts", "output", "batch_size", "mesh_dim", "jax_distributed")
 class Config(SamplingConfig, ScoreConfig):
     """Answer the prompts of a file with a model, and keep the best of several answers if asked to."""
 
-    load_checkpoint: str = flag("", "The model: hf::DIR_OR_HUB_ID, easyrl::DIR or random::PRESET_OR_CONFIG_JSON.")
+    load_checkpoint: str = flag(
+        "",
+        "The model: hf::DIR_OR_HUB_ID, easyrl::DIR, params::FILE@CONFIG (EasyLM's) or random::PRESET_OR_CONFIG_JSON.",
+    )
     tokenizer: str = flag("", "Folder or hub id of the tokenizer. Empty: that of --load_checkpoint.")
     template: str = flag(
         "tokenizer", "Chat format: tulu, vicuna, chatml, llama3, none, a Jinja file, or the tokenizer's own."

@@ -25,7 +25,7 @@ from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import RunFailed, UserError
 from easyrl.core.sharding import make_mesh, num_data_shards, put, replicated
 from easyrl.data.packing import pack
-from easyrl.hf.refs import FoundModel, find_model, load_weights, parse_ref
+from easyrl.hf.refs import FoundModel, find_model, load_weights
 from easyrl.models.branch import trained_layers
 from easyrl.models.families import param_specs
 from easyrl.runtime.flight import PPOBatch
@@ -69,9 +69,12 @@ def main(config: Config) -> None:
         )
     arrays, facts = load_recording(config.recording)
     mesh = make_mesh(config.mesh_dim or facts["config"]["mesh_dim"])
-    kind, target = parse_ref(config.load_checkpoint)
-    if kind != "easyrl":
-        raise UserError(f"--load_checkpoint={config.load_checkpoint}: expected easyrl::DIR, with optimizer states")
+    kind, _, target = config.load_checkpoint.partition("::")
+    if kind != "easyrl" or not target:  # no other kind of model has optimizer states
+        raise UserError(
+            f"--load_checkpoint={config.load_checkpoint}: expected easyrl::RUN/checkpoints/{facts['step'] - 1}, the "
+            "state before the recorded step"
+        )
     folder, step = find_checkpoint(target, "--load_checkpoint")
     if step != facts["step"] - 1:
         say(f"note: the recording is of step {facts['step']}, and the checkpoint has seen {step} steps, not one less")

@@ -58,8 +58,11 @@ def test_what_cannot_be_replayed_is_one_line(recorded, tmp_path):
         replay.main(load_config(replay.Config, []))
     with pytest.raises(UserError, match="found no whole checkpoint"):
         start(recording, tmp_path)
-    with pytest.raises(UserError, match=r"--load_checkpoint=hf::x: expected easyrl::DIR"):
-        replay.main(load_config(replay.Config, [str(recording), "--load_checkpoint=hf::x", "--mesh_dim=1,-1,1"]))
+    for wrong in ("", "hf::x", "easyrl::", "x"):
+        with pytest.raises(
+            UserError, match=f"^--load_checkpoint={wrong}: expected easyrl::RUN/checkpoints/1, the state"
+        ):
+            replay.main(load_config(replay.Config, [str(recording), f"--load_checkpoint={wrong}", "--mesh_dim=1,-1,1"]))
     with pytest.raises(UserError, match="cannot be read as a recorded batch"):
         start(tmp_path / "nothing", recorded)
 

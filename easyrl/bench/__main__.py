@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from easyrl.core.command_line import run
+from easyrl.core.command_line import load_config, run
 from easyrl.core.errors import UserError, tell
 
 KINDS = {
@@ -30,7 +30,7 @@ def main() -> None:
         raise SystemExit(tell(error))
     del sys.argv[1]
     module = importlib.import_module(f"easyrl.bench.{kind}")
-    run(module.main, module.Config)
+    run(module.main, module.Config, lambda argv: load_config(module.Config, argv, f"python -m easyrl.bench {kind}"))
 
 
 if __name__ == "__main__":

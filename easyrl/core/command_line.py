@@ -8,6 +8,8 @@ A value comes from the dataclass default, over it the YAML file that --config na
 
 import contextlib
 import difflib
+import os
+import select
 import shutil
 import sys
 import textwrap
@@ -26,9 +28,10 @@ from easyrl.core.errors import RunFailed, RunStopped, UserError, tell
 T = TypeVar("T")
 
 CONFIG_SPEC = FlagSpec("config", str, "", "YAML file of flag values, nested or with dotted keys. Flags win over it.")
+READER_GONE = 141  # exit status of a script whose output nobody reads any more: that of a program that SIGPIPE ends
 
 
-def load_config(config_class: type[T], argv: Sequence[str]) -> T:
+def load_config(config_class: type[T], argv: Sequence[str], program: str = "") -> T:
     """The config that a command line asks for: defaults, then the YAML file of --config, then flags.
 
     Args:
@@ -36,12 +39,13 @@ def load_config(config_class: type[T], argv: Sequence[str]) -> T:
         has one, names the YAML file to read without --config, from the values of the flags that are given. Its
         attribute `positional`, if it has one, names the flag whose value may stand alone on the command line.
       argv: the command line without the program's name.
+      program: what comes before the flags, as --help shows it. Empty: as the script was started.
 
     Raises UserError for a flag, key, value or file that cannot be used. Prints help and exits for --help.
     """
     specs = {spec.name: spec for spec in (CONFIG_SPEC, *flag_specs(config_class))}
     if not {"--help", "-help", "-h"}.isdisjoint(argv):
-        print(help_text(config_class))
+        print(help_text(config_class, program))
         raise SystemExit(0)
     given = _parse_flags(specs, argv, getattr(config_class, "positional", ""))
     path = given.pop("config", "") or getattr(config_class, "default_yaml", lambda given: "")(given)
@@ -165,10 +169,13 @@ def _did_you_mean(name: str, names: Iterable[str], dashes: str = "") -> str:
     return f": did you mean {' or '.join(dashes + known for known in close)}?" if close else ""
 
 
-def help_text(config_class: type) -> str:
-    """What --help prints: usage, the first paragraph of the class docstring, and every flag by group."""
+def help_text(config_class: type, program: str = "") -> str:
+    """What --help prints: usage, the first paragraph of the class docstring, and every flag by group.
+
+    `program` is how the script is started; empty: as it was.
+    """
     main_spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {main_spec.name}" if main_spec else Path(sys.argv[0]).name
+    program = program or (f"python -m {main_spec.name}" if main_spec else Path(sys.argv[0]).name)
     width = min(shutil.get_terminal_size().columns, 100)
     program += f" {config_class.positional.upper()}" if hasattr(config_class, "positional") else ""
     lines = [f"usage: {program} [--config=FILE.yaml] [--FLAG=VALUE ...]", ""]
@@ -198,8 +205,8 @@ def run(
     """Runs a script: reads the command line into `config_class`, calls `main(config)` and exits.
 
     A config with a group `jax_distributed` (`core.distributed.DistributedConfig`) joins the other processes first, if
-    there are any. The exit status is 0, or that of `tell` after its line. Any other exception is a fault of ours and
-    keeps its traceback.
+    there are any. The exit status is 0, or that of `tell` after its line. A script whose output nobody reads any more,
+    as behind `| head`, ends without a word. Any other exception is a fault of ours and keeps its traceback.
 
     A script whose command line is more than one config hands over `parser(argv)`, whose result `main` gets.
     """
@@ -218,9 +225,37 @@ def run(
         with config.jax_distributed.joined(config) if joined else contextlib.nullcontext():
             main(config)  # what it returns is not an exit status
 
+    status: Any = 0
     try:
         _, run_app = _mlxu()
         run_app(call, flags_parser=parse)
+    except SystemExit as done:  # --help, and absl when all is well
+        status = done.code
     except (UserError, RunFailed, RunStopped, KeyboardInterrupt) as error:
-        raise SystemExit(tell(error)) from None
-    raise SystemExit(0)
+        _flushed()  # `tell` flushes too, and could not say its line
+        status = tell(error)
+    except BrokenPipeError:
+        if not _is_reader_gone():  # another pipe
+            raise
+        status = READER_GONE
+    flushed = _flushed()
+    raise SystemExit(status or (0 if flushed else READER_GONE))
+
+
+def _flushed() -> bool:
+    """Whether all that was printed could be written. Where nobody reads it any more it is dropped, and so is what
+    follows: Python itself would complain of it at exit.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def _is_reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more. To flush does not tell: nothing may be left to write."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

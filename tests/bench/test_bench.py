@@ -130,3 +130,11 @@ def test_figures_leave_the_warm_up_out():
     assert found["seconds"]["update"]["median"] == 1.0
     assert found["tokens_per_second"] == 20 / 4 and found["samples_per_second"] == 4 / 4
     assert found["padding_share"] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["ppo", "limits"])
+def test_help_shows_how_a_benchmark_is_started(monkeypatch, capsys, kind):
+    monkeypatch.setattr("sys.argv", ["bench", kind, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert capsys.readouterr().out.startswith(f"usage: python -m easyrl.bench {kind} [--config=FILE.yaml]")

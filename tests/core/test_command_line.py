@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -292,10 +293,16 @@ from easyrl.core.errors import UserError
 
 @dataclass(frozen=True)
 class Config:
-    end: str = flag("well", "How to end.", choices=("well", "wrong", "interrupted", "fault"))
+    end: str = flag("well", "How to end.", choices=("well", "wrong", "interrupted", "fault", "early", "pipe"))
+    lines: int = flag(1, "Lines to print.")
 
 def main(config):
-    print(config.end)
+    for _ in range(config.lines):
+        print(config.end)
+    if config.end == "early":
+        raise UserError("too early")
+    if config.end == "pipe":
+        raise BrokenPipeError("of a child")
     for i in tqdm.tqdm(range(2)):
         if config.end == "wrong":
             raise UserError("--rows, row 3: found nothing,\\n expected text")
@@ -316,10 +323,22 @@ def script(tmp_path_factory):
     path = tmp_path_factory.mktemp("script") / "script.py"
     path.write_text(SCRIPT)
 
-    def run_script(*argv):
-        return subprocess.run([sys.executable, str(path), *argv], capture_output=True, text=True, timeout=120)
+    def run_script(*argv, stdout=subprocess.PIPE, unbuffered=""):
+        return subprocess.run(
+            [sys.executable, str(path), *argv], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
 
     return run_script
+
+
+@pytest.fixture
+def closed_pipe():
+    """The writing end of a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
 
 
 def test_a_script_that_ends_well(script):
@@ -361,3 +380,30 @@ def test_help_of_a_script(script):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: script.py [--config=FILE.yaml] [--FLAG=VALUE ...]\n")
     assert "How to end." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "unbuffered"), [(["--lines=1"], ""), (["--lines=100000"], ""), (["--help"], ""), (["--help"], "1")]
+)
+def test_output_that_nobody_reads_ends_a_script_without_a_word(script, closed_pipe, argv, unbuffered):
+    """Whether it fits into Python's buffer or not, and where there is none."""
+    done = script(*argv, stdout=closed_pipe, unbuffered=unbuffered)
+    assert done.returncode == 141
+    assert [line for line in done.stderr.splitlines() if "/2 [" not in line] == []  # the bar is no word
+
+
+def test_an_error_is_told_where_nobody_reads_the_output(script, closed_pipe):
+    done = script("--end=early", stdout=closed_pipe)
+    assert (done.returncode, done.stderr) == (2, "easyrl: error: too early\n")
+
+
+def test_another_broken_pipe_is_a_fault(script):
+    done = script("--end=pipe")
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("BrokenPipeError: of a child")
+
+
+def test_help_shows_the_program_that_is_named():
+    assert help_text(Config, "python -m some.tool KIND").startswith(
+        "usage: python -m some.tool KIND [--config=FILE.yaml]"
+    )
