@@ -101,6 +101,14 @@ class Config(SamplingConfig, ScoreConfig):
         for name in ("prompts", "output"):
             if not getattr(self, name):
                 raise UserError(f"--{name}: found nothing, expected a file")
+        if self.max_continuation_len and self.max_new_tokens not in (
+            self.max_continuation_len,
+            SamplingConfig.max_new_tokens,  # not given, as far as can be seen
+        ):
+            raise UserError(
+                f"--max_continuation_len={self.max_continuation_len}: --max_new_tokens={self.max_new_tokens} is the "
+                "same flag, expected one of them"
+            )
         if self.best_of and self.num_samples > 1:
             raise UserError(f"--num_samples={self.num_samples}: does not go with --best_of={self.best_of}")
         if self.best_of and not self.scored:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from easyrl import assets, generate, train_dpo, train_rm, train_sft
+from easyrl.core.command_line import load_config
 from easyrl.core.errors import UserError
 from easyrl.data.generations import read_generations
 from easyrl.sampling.best_of_n import expected_best
@@ -196,7 +197,8 @@ def test_ties_are_dropped_and_counted(answers, capsys):
         ({"temperature": -1}, "--temperature: found -1.0, expected 0 or more"),
         ({"max_new_tokens": 0}, "--max_new_tokens: found 0, expected 1 or more"),
         ({"max_new_tokens": 48}, "reads up to 48 tokens, of which --max_new_tokens=48 leaves 0 for a prompt"),
-        ({"max_continuation_len": 20, "max_prompt_length": 40}, "--max_new_tokens=20 leaves 28 for a prompt, expected"),
+        ({"max_continuation_len": 20}, "--max_continuation_len=20: --max_new_tokens=8 is the same flag, expected"),
+        ({"max_new_tokens": 20, "max_prompt_length": 40}, "--max_new_tokens=20 leaves 28 for a prompt, expected"),
         ({"num_samples": 2, "temperature": 0}, "--num_samples=2: --temperature=0 gives the same answer every time"),
         ({"best_of": 2}, "--best_of=2: nothing scores, expected --load_checkpoint_reward or --reward_function"),
         ({"best_of": 2, "num_samples": 2}, "--num_samples=2: does not go with --best_of=2"),
@@ -213,6 +215,14 @@ def test_what_is_wrong_is_one_line(flags, tmp_path, more, complaint):
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given", [["--max_new_tokens=4"], ["--max_continuation_len=4"], ["--max_new_tokens=4", "--max_continuation_len=4"]]
+)
+def test_the_most_tokens_of_an_answer_have_two_names(given):
+    config = load_config(generate.Config, ["--prompts=a.jsonl", "--output=b.jsonl", *given])
+    assert config.sampling.max_new_tokens == 4
 
 
 def test_a_row_that_asks_nothing(flags, tmp_path):
