@@ -84,6 +84,18 @@ def test_every_flag_has_a_help_text_that_is_a_sentence():
     assert not poor, poor
 
 
+def test_a_model_of_generate_convert_and_evaluate_is_shown_in_every_form_that_is_read():
+    wanted = {"easyrl.generate", "easyrl.convert", "easyrl.evaluate"}
+    texts = {
+        str(field): help_of(field)
+        for field in all_fields()
+        if field.module in wanted and field.name.startswith("load_checkpoint")
+    }
+    assert len(texts) == len(wanted)
+    forms = ("hf::", "easyrl::", "params::", "random::")
+    assert [name for name, text in texts.items() if not all(form in text for form in forms)] == []
+
+
 def test_configs_are_frozen_dataclasses():
     loose = [
         f"{module}.{node.name}"
