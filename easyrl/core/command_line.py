@@ -9,7 +9,6 @@ A value comes from the dataclass default, over it the YAML file that --config na
 import contextlib
 import difflib
 import os
-import select
 import shutil
 import sys
 import textwrap
@@ -28,7 +27,6 @@ from easyrl.core.errors import RunFailed, RunStopped, UserError, tell
 T = TypeVar("T")
 
 CONFIG_SPEC = FlagSpec("config", str, "", "YAML file of flag values, nested or with dotted keys. Flags win over it.")
-READER_GONE = 141  # exit status of a script whose output nobody reads any more: that of a program that SIGPIPE ends
 
 
 def load_config(config_class: type[T], argv: Sequence[str], program: str = "") -> T:
@@ -45,7 +43,7 @@ def load_config(config_class: type[T], argv: Sequence[str], program: str = "") -
     """
     specs = {spec.name: spec for spec in (CONFIG_SPEC, *flag_specs(config_class))}
     if not {"--help", "-help", "-h"}.isdisjoint(argv):
-        print(help_text(config_class, program))
+        _show(help_text(config_class, program))
         raise SystemExit(0)
     given = _parse_flags(specs, argv, getattr(config_class, "positional", ""))
     path = given.pop("config", "") or getattr(config_class, "default_yaml", lambda given: "")(given)
@@ -169,6 +167,14 @@ def _did_you_mean(name: str, names: Iterable[str], dashes: str = "") -> str:
     return f": did you mean {' or '.join(dashes + known for known in close)}?" if close else ""
 
 
+def _show(text: str) -> None:
+    """Prints a text of which `| head` may want no more than the beginning."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain of it at exit
+
+
 def help_text(config_class: type, program: str = "") -> str:
     """What --help prints: usage, the first paragraph of the class docstring, and every flag by group.
 
@@ -205,8 +211,8 @@ def run(
     """Runs a script: reads the command line into `config_class`, calls `main(config)` and exits.
 
     A config with a group `jax_distributed` (`core.distributed.DistributedConfig`) joins the other processes first, if
-    there are any. The exit status is 0, or that of `tell` after its line. A script whose output nobody reads any more,
-    as behind `| head`, ends without a word. Any other exception is a fault of ours and keeps its traceback.
+    there are any. The exit status is 0, or that of `tell` after its line. Any other exception is a fault of ours and
+    keeps its traceback.
 
     A script whose command line is more than one config hands over `parser(argv)`, whose result `main` gets.
     """
@@ -225,37 +231,9 @@ def run(
         with config.jax_distributed.joined(config) if joined else contextlib.nullcontext():
             main(config)  # what it returns is not an exit status
 
-    status: Any = 0
     try:
         _, run_app = _mlxu()
         run_app(call, flags_parser=parse)
-    except SystemExit as done:  # --help, and absl when all is well
-        status = done.code
     except (UserError, RunFailed, RunStopped, KeyboardInterrupt) as error:
-        _flushed()  # `tell` flushes too, and could not say its line
-        status = tell(error)
-    except BrokenPipeError:
-        if not _is_reader_gone():  # another pipe
-            raise
-        status = READER_GONE
-    flushed = _flushed()
-    raise SystemExit(status or (0 if flushed else READER_GONE))
-
-
-def _flushed() -> bool:
-    """Whether all that was printed could be written. Where nobody reads it any more it is dropped, and so is what
-    follows: Python itself would complain of it at exit.
-    """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
-
-
-def _is_reader_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more. To flush does not tell: nothing may be left to write."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+        raise SystemExit(tell(error)) from None
+    raise SystemExit(0)
