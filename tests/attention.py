@@ -16,7 +16,7 @@ def use(way: str) -> None:
     """Makes every model of this process that may choose how to attend do so in this way."""
     if way == "blocks":
         long_attention.LONG_BLOCK = long_attention.LANES = BLOCK
-        long_attention.SHORT = 0
+        long_attention.LONG = 0
         return
     long_attention.sees_stems = lambda attention, device: False
     trunk.choose = choose_splash

@@ -11,6 +11,8 @@ from easyrl.core.segments import stem_of
 
 Array = jax.Array
 
+Alibi = tuple[np.ndarray | Array, Array]  # slopes [N] and distances [B, T, S] of the bias -slope x distance
+
 
 def attention_mask(
     q_positions: Array, q_segments: Array, k_positions: Array, k_segments: Array, window: int | None = None
@@ -30,38 +32,53 @@ def attention_mask(
     return mask
 
 
-def attend(
-    q_BTNH: Array,
-    k_BKSH: Array,
-    v_BKSH: Array,
-    mask_BTS: Array,
-    *,
-    alibi: tuple[np.ndarray, Array] | None = None,
-    cudnn: bool = False,
-) -> Array:
-    """softmax(q k^T / sqrt(H) + bias) v, grouped query heads, softmax in float32. Returns [B, T, N, H] in q's dtype.
-
-    `alibi` is (slopes [N], distance_BTS) for the bias -slope x distance; None: no bias. With `cudnn` by cuDNN's flash
-    kernel (a GPU, half precision, no bias), otherwise by XLA. What holds less in memory is in `models.long_attention`,
-    which also chooses.
-    """
+def grouped_queries(q_BTNH: Array, num_kv_heads: int) -> Array:
+    """The queries scaled by 1 / sqrt(H), by the key/value head that they share: [B, K, G, T, H]."""
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
-    if cudnn:
-        assert alibi is None
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), mask=mask_BTS[:, None], implementation="cudnn"
-        )
+    scaled = q_BTNH * (H**-0.5)
+    return scaled.reshape(B, T, num_kv_heads, N // num_kv_heads, H).transpose(0, 2, 3, 1, 4)
+
+
+def ungrouped(x_BKGTH: Array) -> Array:
+    """What `grouped_queries` has grouped, as [B, T, N, H] again."""
+    B, K, G, T, H = x_BKGTH.shape
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+def masked_scores(q_BKGTH: Array, k_BKSH: Array, mask_BTS: Array, alibi: Alibi | None) -> Array:
+    """q k^T + bias where the mask is True, and a finite floor elsewhere; float32 [B, K, G, T, S]."""
+    B, K, G, T, H = q_BKGTH.shape
     # The queries of a group as rows of one matrix: the same product, and up to twice as fast on a CPU.
-    G = N // K
-    q_BKMH = (q_BTNH * (H**-0.5)).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    q_BKMH = q_BKGTH.reshape(B, K, G * T, H)
     scores = jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, K, G, T, -1)
     if alibi is not None:
         slopes_N, distance_BTS = alibi
         scores -= slopes_N.reshape(K, G, 1, 1) * distance_BTS[:, None, None].astype(jnp.float32)
     # A finite floor keeps rows with nothing to attend to (padding) free of NaN.
-    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(B, K, G * T, -1)
-    out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights, v_BKSH)
-    return out_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def attend(
+    q_BTNH: Array,
+    k_BKSH: Array,
+    v_BKSH: Array,
+    mask_BTS: Array,
+    *,
+    alibi: Alibi | None = None,
+    cudnn: bool = False,
+) -> Array:
+    """softmax(q k^T / sqrt(H) + bias) v, grouped query heads, softmax in float32. Returns [B, T, N, H] in q's dtype.
+
+    Without `alibi` there is no bias. With `cudnn` by cuDNN's flash kernel (a GPU, half precision, no bias), otherwise
+    by XLA. What holds less in memory is in `models.long_attention`, which also chooses.
+    """
+    if cudnn:
+        assert alibi is None
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), mask=mask_BTS[:, None], implementation="cudnn"
+        )
+    scores = masked_scores(grouped_queries(q_BTNH, k_BKSH.shape[1]), k_BKSH, mask_BTS, alibi)
+    B, K, G, T, S = scores.shape
+    weights_BKMS = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(B, K, G * T, S)
+    return ungrouped(jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH).reshape(B, K, G, T, -1))

@@ -4,59 +4,134 @@ all pairs of a long row.
 Both compute what `models.attention.attend` does, for tokens that attend among themselves: key s stands where query s
 does, so nobody attends to what comes later in its row, packed or not.
 
-Axes: B batch, T time, N query heads, K key/value heads, H head size.
+Axes: B batch, T time, S key time, N query heads, K key/value heads, G = N / K, M = G x T, H head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from easyrl.models.attention import attend
+from easyrl.models.attention import Alibi, grouped_queries, masked_scores, ungrouped
 
 Array = jax.Array
 
-SHORT = 1024  # queries up to which all scores and weights are kept for the backward pass
-LONG_BLOCK = 512  # queries in a block of more, at least: what is computed twice should be large products
-FEW_BLOCKS, MOST_BLOCKS = 4, 8  # of few queries, and of more than SHORT; each is compiled by itself
+LONG = 1024  # queries from which on one block's scores are to exist at a time
+LONG_BLOCK = 512  # queries in a block of more, at least: large products
+FEW_BLOCKS, MOST_BLOCKS = 4, 8  # of up to LONG queries, and of more; each is compiled by itself
 LANES = 128  # blocks are multiples of it, as the sides of matrix units are
+
+Masks = tuple[Array | None, Array | None]  # [B, rows, columns] of layers without and with a window, None: no such layer
 
 
 def block_size(num_queries: int) -> int:
     """Queries in a block."""
-    short = num_queries <= SHORT
+    short = num_queries <= LONG
     wanted = -(-num_queries // (FEW_BLOCKS if short else MOST_BLOCKS))
     return max(LANES if short else LONG_BLOCK, -(-wanted // LANES) * LANES)
+
+
+def blocks_of(num_queries: int) -> list[tuple[slice, slice]]:
+    """(queries, keys) of every block: those keys that do not come later in the row than all of its queries."""
+    size = block_size(num_queries)
+    stops = [min(start + size, num_queries) for start in range(0, num_queries, size)]
+    return [(slice(start, stop), slice(0, stop)) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def pick_mask(masks: Masks, is_sliding: Array | bool) -> Array:
+    """The mask of a layer with a window, or of one without."""
+    full, window = masks
+    if full is None or window is None:
+        mask = window if full is None else full
+        assert mask is not None
+        return mask
+    return jnp.where(is_sliding, window, full)
 
 
 def attend_in_blocks(
     q_BTNH: Array,
     k_BKTH: Array,
     v_BKTH: Array,
-    mask_of: Callable[[slice, slice], Array],
-    alibi_of: Callable[[slice, slice], tuple | None],
+    masks: Sequence[Masks],
+    is_sliding: Array | bool,
+    alibi: tuple[np.ndarray, Array] | None,
 ) -> Array:
-    """`attend`, a block of queries at a time, each with the keys up to its end.
+    """`attend`, a block of queries at a time, each with the keys up to its end: little more than half of all pairs.
 
-    mask_of(rows, columns) is that part of the mask, [B, rows, columns], and alibi_of likewise the argument `alibi` of
-    `attend`. As later keys are left out, little more than the half of all pairs is computed. Where there
-    are more than `SHORT` queries, the scores and weights of a block are computed again in the backward pass, so that
-    only one block's exist at once.
+    `masks` are those of `blocks_of(T)`; alibi is (slopes [N], positions [B, T]). No scores or weights are kept for the
+    backward pass, which computes them again from each query's log-sum-exp, as Dao et al. 2022 (FlashAttention,
+    appendix B.2) do: with P = softmax(S), O = P V and D = rowsum(dO * O)
+
+        dV = P^T dO        dS = P * (dO V^T - D)        dQ = dS K        dK = dS^T Q
     """
-    T, size = q_BTNH.shape[1], block_size(q_BTNH.shape[1])
-    blocks = []
-    for start in range(0, T, size):
-        rows = slice(start, min(start + size, T))
-        columns = slice(0, rows.stop)
+    q_BKGTH = grouped_queries(q_BTNH, k_BKTH.shape[1])
+    return ungrouped(_in_blocks(q_BKGTH, k_BKTH, v_BKTH, tuple(masks), is_sliding, alibi))
 
-        def block(q, k, v, rows=rows, columns=columns):
-            return attend(q, k, v, mask_of(rows, columns), alibi=alibi_of(rows, columns))
 
-        run = block if T <= SHORT else jax.checkpoint(block)
-        blocks.append(run(q_BTNH[:, rows], k_BKTH[:, :, columns], v_BKTH[:, :, columns]))
-    return jnp.concatenate(blocks, axis=1)
+@jax.custom_vjp
+def _in_blocks(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array, masks, is_sliding, alibi) -> Array:
+    return _blocks_forward(q_BKGTH, k_BKTH, v_BKTH, masks, is_sliding, alibi)[0]
+
+
+def _blocks_forward(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array, masks, is_sliding, alibi):
+    outs, log_sums = [], []
+    for (rows, columns), mask in zip(blocks_of(q_BKGTH.shape[3]), masks, strict=True):
+        q, k, v = q_BKGTH[:, :, :, rows], k_BKTH[:, :, columns], v_BKTH[:, :, columns]
+        scores = masked_scores(q, k, pick_mask(mask, is_sliding), _bias(alibi, rows, columns))
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        summed = _product("BKMS,BKSH->BKMH", _rows(weights).astype(v.dtype), v).reshape(q.shape)
+        outs.append((summed / total).astype(q.dtype))
+        log_sums.append(largest + jnp.log(total))
+    out_BKGTH, log_sums_BKGT1 = jnp.concatenate(outs, axis=3), jnp.concatenate(log_sums, axis=3)
+    return out_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, masks, is_sliding, alibi, out_BKGTH, log_sums_BKGT1)
+
+
+def _blocks_backward(kept, of_out_BKGTH: Array):
+    q_BKGTH, k_BKTH, v_BKTH, masks, is_sliding, alibi, out_BKGTH, log_sums_BKGT1 = kept
+    T = q_BKGTH.shape[3]
+    of_q, of_k, of_v = [], jnp.zeros(k_BKTH.shape, jnp.float32), jnp.zeros(v_BKTH.shape, jnp.float32)
+    products = of_out_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32)
+    along_out_BKGT1 = jnp.sum(products, axis=-1, keepdims=True)
+    for (rows, columns), mask in zip(blocks_of(T), masks, strict=True):
+        if T > LONG:
+            # The next block waits for this one's sums, so that its scores do not exist beside them.
+            q_BKGTH, of_k, of_v = jax.lax.optimization_barrier((q_BKGTH, of_k, of_v))
+        q, k, v = q_BKGTH[:, :, :, rows], k_BKTH[:, :, columns], v_BKTH[:, :, columns]
+        of_out = _rows(of_out_BKGTH[:, :, :, rows])
+        scores = masked_scores(q, k, pick_mask(mask, is_sliding), _bias(alibi, rows, columns))
+        weights = jnp.exp(scores - log_sums_BKGT1[:, :, :, rows])
+        of_weights = _product("BKMH,BKSH->BKMS", of_out, v).reshape(weights.shape)
+        of_scores = _rows(weights * (of_weights - along_out_BKGT1[:, :, :, rows])).astype(k.dtype)
+        of_q.append(_product("BKMS,BKSH->BKMH", of_scores, k).reshape(q.shape).astype(q.dtype))
+        of_k = of_k.at[:, :, columns].add(_product("BKMS,BKMH->BKSH", of_scores, _rows(q)))
+        of_v = of_v.at[:, :, columns].add(_product("BKMS,BKMH->BKSH", _rows(weights).astype(v.dtype), of_out))
+    return jnp.concatenate(of_q, axis=3), of_k.astype(k_BKTH.dtype), of_v.astype(v_BKTH.dtype), None, None, None
+
+
+_in_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _bias(alibi: tuple[np.ndarray, Array] | None, rows: slice, columns: slice) -> Alibi | None:
+    """The argument `alibi` of `masked_scores` for a block."""
+    if alibi is None:
+        return None
+    slopes_N, positions_BT = alibi
+    return slopes_N, positions_BT[:, rows, None] - positions_BT[:, None, columns]
+
+
+def _rows(x_BKGTS: Array) -> Array:
+    """The queries of a group as rows of one matrix, [B, K, M, S]."""
+    B, K, G, T, S = x_BKGTS.shape
+    return x_BKGTS.reshape(B, K, G * T, S)
+
+
+def _product(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
 def attend_by_splash(

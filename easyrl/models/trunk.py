@@ -15,7 +15,14 @@ from easyrl.models.branch import depth, stacks
 from easyrl.models.cache import Cache, write
 from easyrl.models.families import ModelConfig, family_of, param_specs
 from easyrl.models.layers import alibi_slopes
-from easyrl.models.long_attention import attend_by_splash, attend_in_blocks, choose, device_of
+from easyrl.models.long_attention import (
+    attend_by_splash,
+    attend_in_blocks,
+    blocks_of,
+    choose,
+    device_of,
+    pick_mask,
+)
 
 Array = jax.Array
 
@@ -111,28 +118,23 @@ def run_layers(
         full = None if all(sliding) else attention_mask(*q, *k)
         return full, attention_mask(*q, *k, window=cfg.sliding_window) if any(sliding) else None
 
-    def pick(full_and_window, is_sliding):
-        full, window = full_and_window
-        if full is None or window is None:
-            return window if full is None else full
-        return jnp.where(is_sliding, window, full)
-
-    def alibi(rows, columns):
-        if not cfg.alibi:
-            return None
-        return alibi_slopes(cfg.num_heads), positions_BT[:, rows, None] - k_positions[:, None, columns]
-
-    everything = (slice(None), slice(None))
-    # Made once for all layers where they are made whole.
-    all_masks, all_alibi = (masks(*everything), alibi(*everything)) if way in ("xla", "cudnn") else (None, None)
+    # Made once for all layers.
+    alibi = None
+    if way == "blocks":
+        block_masks = [masks(*part) for part in blocks_of(positions_BT.shape[1])]
+        alibi = (alibi_slopes(cfg.num_heads), positions_BT) if cfg.alibi else None
+    elif way != "splash":
+        all_masks = masks(slice(None), slice(None))
+        distance = lambda: positions_BT[:, :, None] - k_positions[:, None]
+        alibi = (alibi_slopes(cfg.num_heads), distance()) if cfg.alibi else None
 
     def attend_by_way(q, k, v, is_sliding):
         if way == "splash":
             window = cfg.sliding_window if all(sliding) else None
             return attend_by_splash(q, k, v, segment_ids_BT, window=window, shard=shard)
         if way == "blocks":
-            return attend_in_blocks(q, k, v, lambda *part: pick(masks(*part), is_sliding), alibi)
-        return attend(q, k, v, pick(all_masks, is_sliding), alibi=all_alibi, cudnn=way == "cudnn")
+            return attend_in_blocks(q, k, v, block_masks, is_sliding, alibi)
+        return attend(q, k, v, pick_mask(all_masks, is_sliding), alibi=alibi, cudnn=way == "cudnn")
 
     def body(x, scanned):
         layer, is_sliding, slots = scanned

@@ -10,7 +10,7 @@ import pytest
 from easyrl.core.sharding import Shard, make_mesh
 from easyrl.models import long_attention
 from easyrl.models.attention import attend, attention_mask
-from easyrl.models.long_attention import attend_by_splash, attend_in_blocks, block_size, choose
+from easyrl.models.long_attention import attend_by_splash, attend_in_blocks, block_size, blocks_of, choose
 from easyrl.models.trunk import trunk
 from tests.tiny import draw_params, tiny_config
 
@@ -47,7 +47,7 @@ def assert_alike(one, other, arrays, real):
         same(a, b)
 
 
-@pytest.mark.parametrize("kept", [True, False])  # the scores, for the backward pass
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize(
     ("T", "lengths", "N", "K", "window"),
     [
@@ -57,18 +57,19 @@ def assert_alike(one, other, arrays, real):
         (256, (256,), 2, 2, None),
     ],
 )
-def test_blocks_are_plain_attention(monkeypatch, kept, T, lengths, N, K, window):
+def test_blocks_are_plain_attention(monkeypatch, long, T, lengths, N, K, window):
     monkeypatch.setattr(long_attention, "LONG_BLOCK", 128)
-    monkeypatch.setattr(long_attention, "SHORT", T if kept else T - 1)
+    monkeypatch.setattr(long_attention, "LONG", T - 1 if long else T)
     q, k, v, positions, segments = draw(2, T, N, K, 8, lengths)
     mask = jax.jit(attention_mask, static_argnums=4)(positions, segments, positions, segments, window)
     slopes = np.linspace(0.1, 0.5, N, dtype=np.float32) if K == 1 else None
     distance = positions[:, :, None] - positions[:, None, :]
     whole = None if slopes is None else (slopes, distance)
-    part = lambda rows, columns: None if slopes is None else (slopes, distance[:, rows, columns])
+    alibi = None if slopes is None else (slopes, positions)
 
     def blocks(q, k, v):
-        return attend_in_blocks(q, k, v, lambda rows, columns: mask[:, rows, columns], part)
+        masks = [(mask[:, rows, columns], None) for rows, columns in blocks_of(T)]
+        return attend_in_blocks(q, k, v, masks, False, alibi)
 
     assert_alike(blocks, lambda q, k, v: attend(q, k, v, mask, alibi=whole), (q, k, v), segments > 0)
 
