@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, zeros
 
 from easyrl.core.params import ParamSpec
+from easyrl.models.layers import OutputsFirst
 
 Array = jax.Array
 
@@ -36,10 +37,13 @@ def head_specs(cfg, head: str) -> dict:
 def lm_logits(params: dict, cfg, hidden: Array) -> Array:
     """Next-token logits, float32 [..., V], from hidden states [..., D].
 
-    The product runs in the compute dtype and accumulates in float32.
+    The product runs in the compute dtype and accumulates in float32. `params` without a kernel of the head are those of
+    a model whose embeddings are tied.
     """
-    if cfg.tied_embeddings:
+    if "head" not in params:
         kernel, equation = params["embed"]["tokens"], "...D,VD->...V"
+    elif isinstance(params["head"]["kernel"], OutputsFirst):
+        return params["head"]["kernel"].product(hidden, dtype=jnp.float32)
     else:
         kernel, equation = params["head"]["kernel"], "...D,DV->...V"
     return jnp.einsum(equation, hidden, kernel.astype(cfg.dtype), preferred_element_type=jnp.float32)

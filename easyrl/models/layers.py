@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,12 +82,44 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     return np.concatenate([series(power), series(2 * power)[::2][: num_heads - power]]).astype(np.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x: Array, w: Array, contracted: int = 1) -> Array:
-    """The product of `x` [B, T, in...] and `w` [in..., out...], over `contracted` dimensions: [B, T, out...].
+class OutputsFirst(flax.struct.PyTreeNode):
+    """A weight [in..., out...] that lies in memory as [out..., in...].
 
-    Its gradient is the usual one, with the weights' product written in the order in which they lie: x^T dy. The order
-    that automatic differentiation picks, (dy^T x)^T, has some compilers (XLA's for CPUs) transpose dy first.
+    A processor without matrix units copies a weight into the order in which it multiplies. With few rows to multiply
+    that takes longer than multiplying, and least where every output's numbers lie together.
+    """
+
+    weight: Array
+
+    @classmethod
+    def of(cls, weight: Array, inputs: int) -> "OutputsFirst":
+        """`weight` [in..., out...], whose first `inputs` dimensions are those contracted, laid out so."""
+        return cls(_rotate(weight, inputs))
+
+    def product(self, x: Array, contracted: int = 1, dtype=None) -> Array:
+        """x [..., in...] times the weight, over `contracted` dimensions: [..., out...], added up in `dtype`."""
+        rows, outs = x.ndim - contracted, self.weight.ndim - contracted
+        # The compiler would take the transpositions into the product, and with them the order that it is about.
+        x = jax.lax.optimization_barrier(_rotate(x, rows))
+        dims = tuple(range(outs, outs + contracted)), tuple(range(contracted))
+        out = jax.lax.dot_general(self.weight, x, (dims, ((), ())), preferred_element_type=dtype)
+        return _rotate(jax.lax.optimization_barrier(out), outs)
+
+
+def _rotate(x: Array, first: int) -> Array:
+    """`x` with its first so many dimensions last."""
+    return jnp.transpose(x, (*range(first, x.ndim), *range(first)))
+
+
+def linear(x: Array, w: Array | OutputsFirst, contracted: int = 1) -> Array:
+    """The product of `x` [B, T, in...] and `w` [in..., out...], over `contracted` dimensions: [B, T, out...]."""
+    return w.product(x, contracted) if isinstance(w, OutputsFirst) else _linear(x, w, contracted)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x: Array, w: Array, contracted: int) -> Array:
+    """The gradient is the usual one, with the weights' product written in the order in which they lie: x^T dy. The
+    order that automatic differentiation picks, (dy^T x)^T, has some compilers (XLA's for CPUs) transpose dy first.
     """
     return jnp.tensordot(x, w, contracted)
 
@@ -100,7 +133,7 @@ def _linear_backward(contracted: int, saved: tuple[Array, Array], of_out: Array)
     return of_x, of_w
 
 
-linear.defvjp(lambda x, w, contracted: (linear(x, w, contracted), (x, w)), _linear_backward)
+_linear.defvjp(lambda x, w, contracted: (_linear(x, w, contracted), (x, w)), _linear_backward)
 
 
 @jax.custom_vjp

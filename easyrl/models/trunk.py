@@ -10,11 +10,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from easyrl.core.params import ParamSpec
 from easyrl.models.attention import attend, attention_mask
 from easyrl.models.branch import depth, stacks
 from easyrl.models.cache import Cache, write
 from easyrl.models.families import ModelConfig, family_of, param_specs
-from easyrl.models.layers import alibi_slopes
+from easyrl.models.layers import OutputsFirst, alibi_slopes
 from easyrl.models.long_attention import (
     attend_by_splash,
     attend_in_blocks,
@@ -34,24 +35,44 @@ REMAT_POLICIES = {
 }
 
 
+# The dimensions of a layer's weight that a product contracts, by the name of the first.
+INPUTS = {"embed": 1, "mlp": 1, "heads": 2}
+
+
 def unstack_layers(params: dict, cfg: ModelConfig, shard=None) -> dict:
     """Parameters of a language model as decoding wants them: `layers` in stacks of one, all in the compute dtype.
 
     A scan slices each layer out of the stacked arrays, and on some platforms (CPU) that copies it. One step of decoding
     does little else than read the weights, so they are laid out once for all steps: as `shard` says, which is that of
-    `core.sharding.DECODE_RULES`.
+    `core.sharding.DECODE_RULES`, and on a CPU with their outputs first (a tied head, too, which then is one by itself).
     """
     shard = shard or (lambda x, *axes: x)
     specs = param_specs(cfg, "lm")
+    few_rows = device_of(shard).platform == "cpu"
 
     def lay_out(params, specs):
         return jax.tree.map(lambda w, spec: shard(w, *spec.axes), params, specs)
 
+    def outputs_first(w: Array, spec: ParamSpec) -> Array | OutputsFirst:
+        """A layer's weight [1, ...]; what is not multiplied with stays."""
+        inputs = INPUTS.get(spec.axes[1], 0)
+        if not few_rows or not 0 < inputs < len(spec.axes) - 1:
+            return w
+        return jax.tree.map(lambda w: w[None], OutputsFirst.of(w[0], inputs))
+
+    def one(stack: dict, i: int) -> dict:
+        layer = lay_out(jax.tree.map(lambda w: w[i : i + 1], stack), specs["layers"])
+        return jax.tree.map(outputs_first, layer, specs["layers"])
+
     params = jax.tree.map(lambda w: w.astype(cfg.dtype), params)
-    one = lambda stack, i: lay_out(jax.tree.map(lambda w: w[i : i + 1], stack), specs["layers"])
     layers = tuple(one(stack, i) for stack in stacks(params) for i in range(depth(stack)))
     rest = {name: part for name, part in params.items() if name != "layers"}
-    return lay_out(rest, {name: specs[name] for name in rest}) | {"layers": layers}
+    rest = lay_out(rest, {name: specs[name] for name in rest})
+    if few_rows:
+        tied = "head" not in rest
+        head = OutputsFirst(rest["embed"]["tokens"]) if tied else OutputsFirst.of(rest["head"]["kernel"], 1)
+        rest["head"] = {"kernel": head}
+    return rest | {"layers": layers}
 
 
 def trunk(

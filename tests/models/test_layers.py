@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from easyrl.models.layers import (
+    OutputsFirst,
     RopeScaling,
     alibi_slopes,
     apply_rope,
     layer_norm,
+    linear,
     lookup,
     rms_norm,
     rope_frequencies,
@@ -114,3 +116,12 @@ def test_norms_in_bfloat16_take_the_digits_and_the_gradient_of_their_weights_fro
     total = lambda weights, x: jnp.sum(apply(weights, x).astype(jnp.float32) * 1.25)
     exact = jax.grad(total)(weights, x.astype(jnp.float32))
     np.testing.assert_allclose(jax.jit(jax.grad(total))(weights, x), exact, rtol=2**-8)  # rounded once
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [((6,), (5,)), ((6,), (3, 2, 4)), ((3, 4), (5,))])
+def test_a_weight_with_its_outputs_first_gives_the_same_products(inputs, outputs):
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, *inputs), (*inputs, *outputs)))
+    laid_out = OutputsFirst.of(w, len(inputs))
+    assert laid_out.weight.shape == (*outputs, *inputs)
+    product = jax.jit(linear, static_argnums=2)(x, laid_out, len(inputs))
+    np.testing.assert_allclose(product, np.tensordot(x, w, len(inputs)), rtol=1e-5, atol=1e-5)
