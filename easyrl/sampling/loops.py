@@ -18,8 +18,9 @@ MAX_CACHE_SIZES = 4
 MIN_GROWTH = 64
 SLOT_MULTIPLE = 64  # of all sizes but the last: a TPU handles other numbers of slots with copies
 
-# When no more than a quarter of the rows go on, no more than a quarter is decoded.
+# When no more than a quarter of the rows go on, no more than a quarter is decoded; and once more so.
 NARROWING = 4
+MOST_NARROWINGS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +53,14 @@ def decode_loops(rows: int, shards: int, prompt_size: int, max_new_tokens: int, 
     Rows become fewer on every device by itself, so nothing moves between them. Where no response can end early, or all
     are short, they stay as many.
     """
-    sizes, each = cache_sizes(prompt_size, max_new_tokens), rows // shards
-    few = -(-each // NARROWING)
-    if few == each or not may_end or max_new_tokens < MIN_GROWTH:
-        return [Loop(rows, size, until=0) for size in sizes]
-    return [*(Loop(rows, size, until=few) for size in sizes), Loop(shards * few, sizes[-1], until=0)]
+    sizes, counts = cache_sizes(prompt_size, max_new_tokens), [rows // shards]
+    if may_end and max_new_tokens >= MIN_GROWTH:
+        for _ in range(MOST_NARROWINGS):
+            counts.append(-(-counts[-1] // NARROWING))
+    fewer = sorted(set(counts), reverse=True)[1:]
+    untils = [*fewer, 0]
+    wide = [Loop(rows, size, until=untils[0]) for size in sizes]
+    return wide + [Loop(shards * n, sizes[-1], until) for n, until in zip(fewer, untils[1:], strict=True)]
 
 
 def most_unfinished(done_B: Array, shards: int) -> Array:
