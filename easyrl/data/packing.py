@@ -1,7 +1,7 @@
 """Plans that put ragged sequences side by side in rows of a few lengths. Host arithmetic on lengths alone.
 
 A batch lies padded in memory, [B, T] with sequence b in row b. A plan says which of its tokens go where in packed rows
-[R, S]: `steps.packed` gathers by it on the device and scatters results back, so no token is copied on the host. Rows
+[R, S]: `core.groups` gathers by it on the device and scatters results back, so no token is copied on the host. Rows
 are run in groups, each of one of a few shapes that are known beforehand.
 """
 
