@@ -20,8 +20,13 @@ Array = jax.Array
 
 def place_plans(packing: Packing, sequences: int, mesh: Mesh) -> Plans:
     """The plans of a batch of `sequences` sequences, with as many groups as it could need, on every device."""
+    return put(fill_plans(packing, sequences), replicated(mesh))
 
-    def place(plan: Plan, rows: int) -> PackPlan:
+
+def fill_plans(packing: Packing, sequences: int) -> Plans:
+    """The same on the host."""
+
+    def in_groups(plan: Plan, rows: int) -> PackPlan:
         used, length = plan.source.shape
         groups = -(-sequences // rows)
         assert used <= rows * groups, (used, rows, groups)
@@ -32,10 +37,10 @@ def place_plans(packing: Packing, sequences: int, mesh: Mesh) -> Plans:
             return full.reshape(groups, rows, length)
 
         count = np.asarray(-(-used // rows), np.int32)
-        arrays = (fill(plan.source, -1), fill(plan.positions, 0), fill(plan.segment_ids, 0), count)
-        return PackPlan(*put(arrays, replicated(mesh)))
+        arrays: Any = (fill(plan.source, -1), fill(plan.positions, 0), fill(plan.segment_ids, 0), count)
+        return PackPlan(*arrays)
 
-    return tuple(place(plan, shape.rows) for plan, shape in zip(packing.plans, packing.shapes, strict=True))
+    return tuple(in_groups(plan, shape.rows) for plan, shape in zip(packing.plans, packing.shapes, strict=True))
 
 
 def count_planned(plans: Plans, mask_BT: Array) -> Array:
