@@ -40,8 +40,9 @@ from easyrl.rewards.shaping import ScoreConfig
 from easyrl.runtime.partial import PartialFile
 from easyrl.runtime.progress import SECONDS_BETWEEN_LINES, short
 from easyrl.sampling import best_of_n
-from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.rollout import join_samples
+from easyrl.steps.sampling import make_sampler
 
 MOST_SAMPLES = 1024  # answers to a prompt: answer j to prompt i is number i * MOST_SAMPLES + j, whatever N is
 MOST_PROMPTS = 2**32 // MOST_SAMPLES

@@ -56,11 +56,11 @@ from easyrl.runtime.offline import (
 from easyrl.runtime.offline_run import Method, train
 from easyrl.runtime.resume import continue_named
 from easyrl.runtime.run_config import find_shapes
-from easyrl.sampling.decode import make_sampler
 from easyrl.steps.dpo import KTO, AnswerBatch, DPOConfig, make_dpo_eval, make_dpo_step, with_total_loss
 from easyrl.steps.kto import KTOBatch, make_kto_eval, make_kto_step, with_margins
 from easyrl.steps.optimizer import make_optimizer
 from easyrl.steps.reference import ReferenceModel, answers_of, make_reference
+from easyrl.steps.sampling import make_sampler
 from easyrl.steps.state import abstract_train_state, create_train_state
 
 SCRIPT = "train_dpo"

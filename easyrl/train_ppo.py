@@ -54,11 +54,12 @@ from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
 from easyrl.runtime.run_dir import make_run_dir
 from easyrl.runtime.trackers import start_trackers, tracker_hooks
 from easyrl.runtime.troubles import Troubles
-from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.optimizer import make_optimizer, make_schedule
 from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import PPOConfig, PPOState, branch_specs, make_finish, make_forward, make_update
 from easyrl.steps.rollout import SampledBatch, join_samples, run_updates, self_check
+from easyrl.steps.sampling import make_sampler
 from easyrl.steps.state import abstract_train_state, create_train_state
 
 

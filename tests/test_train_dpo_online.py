@@ -20,9 +20,10 @@ from easyrl.rewards.online import OnlineConfig, OnlinePairs, PromptNumbers
 from easyrl.rewards.sources import Source, function_source
 from easyrl.runtime.jsonl import read_jsonl
 from easyrl.runtime.metrics import timeless
-from easyrl.sampling.decode import Samples, make_sampler
+from easyrl.sampling.decode import Samples
 from easyrl.steps.dpo import DPOConfig, make_answer_logprobs, make_dpo_step, place_answers
 from easyrl.steps.packed import place_plans
+from easyrl.steps.sampling import make_sampler
 from easyrl.steps.state import create_train_state
 from tests.offline import TINY, facts_of_card, metrics_of, run_script, write_rows
 from tests.train_ppo.conftest import FUNCTIONS, STOP_IDS, make_tokenizer, write_model

@@ -19,7 +19,8 @@ from easyrl.core.sharding import fetch, make_mesh
 from easyrl.models.llama import LlamaConfig
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.runtime.metrics import PhaseTimer
-from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.sampling.decode import SamplingConfig
+from easyrl.steps.sampling import make_sampler
 
 
 @dataclasses.dataclass(frozen=True)

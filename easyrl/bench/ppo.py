@@ -26,12 +26,13 @@ from easyrl.models.llama import LlamaConfig
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.runtime.run_config import find_shapes
-from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import PPOConfig, PPOState, make_finish, make_forward, make_update
 from easyrl.steps.reward import SequenceScorer
 from easyrl.steps.rollout import SampledBatch, join_samples, run_updates
+from easyrl.steps.sampling import make_sampler
 from easyrl.steps.state import create_train_state
 
 PPO = PPOConfig(temperature=1.0)

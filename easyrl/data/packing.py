@@ -1,7 +1,7 @@
 """Plans that put ragged sequences side by side in rows of a few lengths. Host arithmetic on lengths alone.
 
 A batch lies padded in memory, [B, T] with sequence b in row b. A plan says which of its tokens go where in packed rows
-[R, S]: `steps.packed` gathers by it on the device and scatters results back, so no token is copied on the host. Rows
+[R, S]: `core.groups` gathers by it on the device and scatters results back, so no token is copied on the host. Rows
 are run in groups, each of one of a few shapes that are known beforehand.
 """
 
@@ -167,9 +167,32 @@ def pack(
     units = Units(lengths, together, alike if packed else None)
     if units.lengths.size and units.lengths.max() > width:
         raise ValueError(f"a sequence of {units.lengths.max()} tokens is longer than the batch's width, {width}")
-    rows = rows_of_shapes(units, shapes, packed=packed)
-    plans = (_lay_out(some, units, width, shape.length) for shape, some in zip(shapes, rows, strict=True))
-    return Packing(tuple(shapes), tuple(plans))
+    return _packing(rows_of_shapes(units, shapes, packed=packed), units, width, shapes)
+
+
+def pack_parts(parts: np.ndarray, width: int, shapes: Sequence[Shape]) -> list[Packing]:
+    """Packs each of the equal parts of a padded batch by itself, so that all of them take the same groups: those of
+    devices that have a part each and run group after group together.
+
+    Args as in `pack`, with the lengths [parts, B] of the parts' sequences; every plan counts its part's from 0. Of the
+    groups that some part takes when it is alone, and of those with room for whatever any takes, they are the cheapest
+    that hold every part.
+    """
+    units = [Units(lengths) for lengths in parts]
+    alone = [rows_of_shapes(one, shapes) for one in units]
+    taken = {tuple(_whole_groups(map(len, rows), shapes)) for rows in alone}
+    taken.add(tuple(map(max, zip(*taken, strict=True))))
+
+    def rows_within(most: tuple[int, ...]) -> Iterator[list[list[Row]] | None]:
+        for one, rows in zip(units, alone, strict=True):
+            enough = all(len(some) <= room for some, room in zip(rows, most, strict=True))
+            yield rows if enough else _fit_rows(one, most, shapes)
+
+    for most in sorted(taken, key=lambda most: (_cost(most, shapes), most)):
+        fitting = [rows for rows in rows_within(most) if rows is not None]
+        if len(fitting) == len(parts):
+            break
+    return [_packing(rows, one, width, shapes) for rows, one in zip(fitting, units, strict=True)]
 
 
 def rows_of_shapes(units: Units, shapes: Sequence[Shape], *, packed: bool = True) -> list[list[Row]]:
@@ -186,9 +209,14 @@ def rows_of_shapes(units: Units, shapes: Sequence[Shape], *, packed: bool = True
     return _fit_tighter(units, found, shapes) if packed else found
 
 
+def _whole_groups(rows: Iterable[int], shapes: Sequence[Shape]) -> Iterator[int]:
+    """The rows of the groups that so many rows of each shape need."""
+    return (-(-number // shape.rows) * shape.rows for number, shape in zip(rows, shapes, strict=True))
+
+
 def _places(rows: Iterable[int], shapes: Sequence[Shape]) -> int:
-    """The tokens for which the groups have room that so many rows of each shape need."""
-    return sum(-(-number // shape.rows) * shape.rows * shape.length for number, shape in zip(rows, shapes, strict=True))
+    """The tokens for which these groups have room."""
+    return sum(number * shape.length for number, shape in zip(_whole_groups(rows, shapes), shapes, strict=True))
 
 
 def _cost(rows: Iterable[int], shapes: Sequence[Shape]) -> int:
@@ -230,18 +258,25 @@ def _fill(units: Units, target: int, shapes: Sequence[Shape], packed: bool) -> l
 def _fit_tighter(units: Units, found: list[list[Row]], shapes: Sequence[Shape]) -> list[list[Row]]:
     """The rows of cheaper groups, if some are found that hold everything; otherwise those that there are."""
     tokens, cost = int(units.totals.sum()), _cost(map(len, found), shapes)
-    together, places = units.together, _places(map(len, found), shapes)
+    places = _places(map(len, found), shapes)
     if tokens >= (1 - LITTLE_PADDING) * places:
         return found
     likely = ((_cost(rows, shapes), rows) for rows in _likely_groups(tokens, places, shapes))
     cheaper = sorted((price, rows) for price, rows in likely if price < cost)
     for _, rows in cheaper[:MOST_TRIES]:
-        given = [shape.length for shape, number in zip(shapes, rows, strict=True) for _ in range(number // together)]
-        if bins := fit_into(units, given):
-            ends = itertools.accumulate((number // together for number in rows), initial=0)
-            parts = (bins[start:end] for start, end in itertools.pairwise(ends))
-            return [[row for rows in part if any(rows) for row in rows] for part in parts]
+        if fitting := _fit_rows(units, rows, shapes):
+            return fitting
     return found
+
+
+def _fit_rows(units: Units, most: Sequence[int], shapes: Sequence[Shape]) -> list[list[Row]] | None:
+    """Rows of every shape, so many at most, that hold everything; None if one unit finds no room."""
+    bins_of = [rows // units.together for rows in most]
+    bins = fit_into(units, [shape.length for shape, number in zip(shapes, bins_of, strict=True) for _ in range(number)])
+    if bins is None:
+        return None
+    parts = (bins[start:end] for start, end in itertools.pairwise(itertools.accumulate(bins_of, initial=0)))
+    return [[row for rows in part if any(rows) for row in rows] for part in parts]
 
 
 def _likely_groups(tokens: int, places: int, shapes: Sequence[Shape]) -> Iterator[list[int]]:
@@ -259,6 +294,12 @@ def _likely_groups(tokens: int, places: int, shapes: Sequence[Shape]) -> Iterato
         least = max(math.ceil(left / (first.rows * first.length)), 0)
         for number in (least, least + 1):
             yield [count * shape.rows for count, shape in zip((number, *counts), shapes, strict=True)]
+
+
+def _packing(rows: list[list[Row]], units: Units, width: int, shapes: Sequence[Shape]) -> Packing:
+    """The plans of these rows of every shape."""
+    plans = (_lay_out(some, units, width, shape.length) for shape, some in zip(shapes, rows, strict=True))
+    return Packing(tuple(shapes), tuple(plans))
 
 
 def _lay_out(rows: list[Row], units: Units, width: int, row_length: int) -> Plan:

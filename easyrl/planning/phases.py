@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from easyrl.core.groups import GROUPS, PackPlan, Plans
 from easyrl.core.sharding import replicated
 from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.memory import device_bytes
 from easyrl.steps.logprobs import CHUNKS, most_chunks
-from easyrl.steps.packed import GROUPS, PackPlan, Plans
 from easyrl.steps.state import TrainState, abstract_train_state
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from easyrl.core.groups import GROUPS
 from easyrl.core.text import columns
 from easyrl.planning.cost import Cost
 from easyrl.planning.measure import Measured, excess
@@ -179,8 +180,8 @@ def _times(report: Report) -> str:
             for part in m.parts:
                 done = (part.cost.flops / 1e12, part.cost.bytes / 1e9, part.cost.sent / 1e9, part.roofline.seconds)
                 flops, moved, sent, seconds = (f"{number:.4g}" for number in done)
-                name = f"  {part.name or 'prefill'}"
-                rows.append([name, "", flops, "", "", moved, sent, seconds, part.roofline.bound, ""])
+                name = {GROUPS: "prefill", "": "the rest"}.get(part.name, part.name)
+                rows.append([f"  {name}", "", flops, "", "", moved, sent, seconds, part.roofline.bound, ""])
     return columns(head, rows)
 
 

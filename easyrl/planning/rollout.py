@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from easyrl.core.dtypes import DTYPES
+from easyrl.core.groups import GROUPS
 from easyrl.core.params import abstract
 from easyrl.core.sharding import DECODE_RULES, check_batch, num_data_shards
 from easyrl.data.tokenizer import parse_ids
@@ -17,11 +18,12 @@ from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.memory import device_bytes, item_size
 from easyrl.planning.necessary import ForwardFlops
-from easyrl.planning.phases import Phase, pack_plans, packed_loops, whole
+from easyrl.planning.phases import Phase, groups, pack_plans, packed_loops, whole
 from easyrl.runtime.run_config import compute_settings, find_shapes
-from easyrl.sampling.decode import make_sampler
+from easyrl.sampling.decode import make_sampling
 from easyrl.sampling.loops import decode_loops
 from easyrl.steps.reward import make_scorer
+from easyrl.steps.sampling import prompt_shapes
 
 
 def sampling_phase(
@@ -29,15 +31,17 @@ def sampling_phase(
 ) -> Phase:
     """One call of the sampler, `each` responses to a prompt, all as long as they may be: no row is ever left out."""
     N, P, C = config.train_dataset.batch_size, config.train_dataset.seq_length, config.max_continuation_len
-    B = each * N
+    B, shards = each * N, num_data_shards(mesh)
     check_batch(N, mesh, config.mesh_dim)
-    sample = make_sampler(
+    sample = make_sampling(
         cfg, config.sampling, stop_ids=parse_ids(config.stop_ids, cfg.vocab_size, "--stop_ids") or (0,),
         logprob_space=logprob_space, num_samples=each, mesh=mesh,
     )  # fmt: skip
     host = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    loops = decode_loops(B, num_data_shards(mesh), P, C, may_end=True)
+    # Of the shapes that groups of prompts may have, the one for the bulk.
+    rows = shards * prompt_shapes(N // shards, P)[0].rows
+    loops = decode_loops(B, shards, P, C, may_end=True)
     # The first token comes from the prefill, so the last size sees one step less.
     starts = [P, *(loop.size for loop in loops)]
     trips = [
@@ -48,12 +52,13 @@ def sampling_phase(
     return Phase(
         "sampling",
         sample,
-        (params, host(N, P), host(N), key, host(B)),
+        (params, host(N, P), host(N), pack_plans(mesh, N, rows, P), key, host(B)),
         runs=1,
-        loops={loop.name: float(trips) for loop, trips in zip(loops, trips, strict=True)},
+        loops={GROUPS: groups(N, rows, fill)}
+        | {loop.name: float(trips) for loop, trips in zip(loops, trips, strict=True)},
         necessary=N * flops.sequence(fill * P) + B * flops.head + B * flops.decoding(fill * P, fill * (C - 1)),
         parts={
-            "cache": cache / (num_data_shards(mesh) * math.gcd(mesh.shape["mp"], cfg.num_kv_heads)),
+            "cache": cache / (shards * math.gcd(mesh.shape["mp"], cfg.num_kv_heads)),
             "decoding weights": device_bytes(abstract(param_specs(cfg, "lm"), cfg.dtype, mesh, DECODE_RULES)),
         },
     )

@@ -1,4 +1,4 @@
-"""Sampling responses: one prefill of the prompts, then cached decoding until every row has ended.
+"""Sampling responses: the prompts' prefill, then cached decoding until every row has ended.
 
 Axes: B rows (prompts, or prompts x samples), P prompt, C completion, D width, V vocabulary.
 """
@@ -13,13 +13,15 @@ from jax.sharding import Mesh
 
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
+from easyrl.core.groups import Plans
 from easyrl.core.sharding import DECODE_RULES, Shard, num_data_shards
-from easyrl.models.cache import Cache, grow_cache, init_cache, repeat_rows
+from easyrl.models.cache import Cache, grow_cache, repeat_rows
 from easyrl.models.families import ModelConfig
 from easyrl.models.heads import lm_logits, token_logprobs
 from easyrl.models.trunk import trunk, unstack_layers
 from easyrl.sampling.logits import choose, keep_top_k, keep_top_p, penalise_repetition, suppress
 from easyrl.sampling.loops import Loop, decode_loops, most_unfinished, put_rows, take_rows, unfinished_first
+from easyrl.sampling.prefill import prefill
 
 Array = jax.Array
 
@@ -84,7 +86,7 @@ def sample_ids(prompt_ids: Array, num_samples: int) -> Array:
     return (jnp.asarray(prompt_ids)[:, None] * num_samples + jnp.arange(num_samples)).reshape(-1)
 
 
-def make_sampler(
+def make_sampling(
     cfg: ModelConfig,
     sampling: SamplingConfig,
     *,
@@ -94,11 +96,12 @@ def make_sampler(
     num_samples: int = 1,
     mesh: Mesh | None = None,
 ) -> Callable[..., Samples]:
-    """The jitted `sample(params, prompts_BP, prompt_lengths_B, key, sample_ids) -> Samples`.
+    """The jitted `sample(params, prompts_BP, prompt_lengths_B, plans, key, sample_ids) -> Samples`.
 
     prompts int32 [B, P], right-padded with anything; prompt_lengths int32 [B], where 0 marks a row that only fills the
-    batch and gets an empty response. With `num_samples` = n each prompt is prefilled once and gets n responses:
-    sample_ids and all results have B * n rows, a prompt's next to each other.
+    batch and gets an empty response; plans say how the prompts are packed (`sampling.prefill`), and come from
+    `steps.sampling`. With `num_samples` = n each prompt is prefilled once and gets n responses: sample_ids and all
+    results have B * n rows, a prompt's next to each other.
 
     A row's response is a function of the weights, its prompt, `key` and its sample id: token t is drawn with
     fold_in(fold_in(key, sample_id), t), so neither its neighbours nor the batch size, the padding or the mesh matter.
@@ -180,26 +183,19 @@ def make_sampler(
         return put_rows(rows, some, places_SN)
 
     @jax.jit
-    def sample(params: dict, prompts_BP: Array, prompt_lengths_B: Array, key: Array, sample_ids: Array) -> Samples:
-        # Prefill: each prompt once, the head at its last token only.
+    def sample(
+        params: dict, prompts_BP: Array, prompt_lengths_B: Array, plans: Plans, key: Array, sample_ids: Array
+    ) -> Samples:
+        # Each prompt once, the head at its last token only. Weights that are split over fsdp would be gathered for
+        # every group of prompts; as decoding wants them they are not.
+        decode_params = unstack_layers(params, cfg, None if mesh is None else Shard(mesh, DECODE_RULES))
+        prefill_params = params if mesh is None or mesh.shape["fsdp"] == 1 else decode_params
         B, P = prompts_BP.shape
         prompts_BP, prompt_lengths_B = by_row(prompts_BP), by_row(prompt_lengths_B)
-        positions_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
-        is_prompt_BP = positions_BP < prompt_lengths_B[:, None]
-        hidden_BPD, cache = trunk(
-            params,
-            cfg,
-            prompts_BP,
-            positions_BP,
-            is_prompt_BP.astype(jnp.int32),
-            cache=init_cache(cfg, B, P),
-            shard=shard,
-        )
-        assert cache is not None
-        last_B = jnp.maximum(prompt_lengths_B - 1, 0)
-        hidden_BD = jnp.take_along_axis(hidden_BPD, last_B[:, None, None], axis=1)[:, 0]
+        hidden_BD, cache = prefill(prefill_params, cfg, prompts_BP, prompt_lengths_B, plans, shards=shards, shard=shard)
         seen_BV = None
         if sampling.repetition_penalty != 1:
+            is_prompt_BP = jnp.arange(P) < prompt_lengths_B[:, None]
             seen_BV = jnp.zeros((B, cfg.vocab_size), bool).at[jnp.arange(B)[:, None], prompts_BP].max(is_prompt_BP)
 
         # From here on a row is a sample.
@@ -208,7 +204,6 @@ def make_sampler(
             lambda x: by_row(jnp.repeat(x, num_samples, axis=0)), (prompt_lengths_B, hidden_BD, seen_BV)
         )
         B = B * num_samples
-        decode_params = unstack_layers(params, cfg, None if mesh is None else Shard(mesh, DECODE_RULES))
         rows = _Rows(
             step=jnp.zeros((), jnp.int32),
             prompt_lengths_B=prompt_lengths_B,

@@ -23,20 +23,13 @@ from jax.sharding import Mesh
 from easyrl.algos.dpo import LOSSES, NLL_COEF, REFERENCE_FREE, Pairs, dpo_loss, loss_options, nll
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
+from easyrl.core.groups import PackPlan, Plans, gather
 from easyrl.core.masking import Mean, constant_mean, mean_of
 from easyrl.core.sharding import Shard, put, replicated
 from easyrl.data.packing import Packing
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.steps.logprobs import next_token_logprobs
-from easyrl.steps.packed import (
-    PackPlan,
-    Plans,
-    gather,
-    grads_over_groups,
-    place_plans,
-    sums_over_groups,
-    tokens_planned,
-)
+from easyrl.steps.packed import grads_over_groups, place_plans, sums_over_groups, tokens_planned
 from easyrl.steps.segments import packed_rows, pairs_together, sequence_sums
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 

@@ -14,11 +14,12 @@ import optax
 from jax.sharding import Mesh
 
 from easyrl.algos.kto import kto_baseline, kto_loss
+from easyrl.core.groups import PackPlan
 from easyrl.core.masking import Mean, constant_mean
 from easyrl.core.sharding import Shard, replicated
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.steps.dpo import AnswerBatch, DPOConfig, answer_logprobs
-from easyrl.steps.packed import PackPlan, grads_over_groups, sums_over_groups, tokens_planned
+from easyrl.steps.packed import grads_over_groups, sums_over_groups, tokens_planned
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 
 Array = jax.Array

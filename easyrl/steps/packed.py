@@ -1,53 +1,32 @@
-"""Packed passes over ragged rows: how every trainer runs a model.
+"""Packed passes over ragged rows: how every trainer runs a model, in groups of packed rows (core/groups.py).
 
-The host plans (data/packing.py) which tokens go side by side; here the plan meets the device. Rows are processed in
-groups of a fixed shape by a loop whose trip count is data: one compiled program serves every batch, and runs only as
-many groups as the batch has tokens for.
+Plans go to the devices, and sums and gradients add up over the groups.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from easyrl.core.groups import PackPlan, Plans, gather, over_groups
 from easyrl.core.sharding import put, replicated
 from easyrl.data.packing import Packing, Plan
 
 Array = jax.Array
 
 
-GROUPS = "groups"  # the scope of the loop over groups, by which programs can be told how often it runs
-
-
-class PackPlan(flax.struct.PyTreeNode):
-    """Which token of a padded batch [B, T] goes where in G groups of R packed rows of length S.
-
-    All int32. `source` is an index into the flattened batch (b * T + t), or -1 for padding. Groups from `count` on are
-    empty.
-    """
-
-    source_GRS: Array
-    positions_GRS: Array
-    segment_ids_GRS: Array
-    count: Array
-
-    def group(self, number: Array | int) -> "PackPlan":
-        """One group as a plan without the leading axis."""
-        pick = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
-        return PackPlan(pick(self.source_GRS), pick(self.positions_GRS), pick(self.segment_ids_GRS), self.count)
-
-
-Plans = tuple[PackPlan, ...]  # one for each shape of groups
-
-
 def place_plans(packing: Packing, sequences: int, mesh: Mesh) -> Plans:
     """The plans of a batch of `sequences` sequences, with as many groups as it could need, on every device."""
+    return put(fill_plans(packing, sequences), replicated(mesh))
 
-    def place(plan: Plan, rows: int) -> PackPlan:
+
+def fill_plans(packing: Packing, sequences: int) -> Plans:
+    """The same on the host."""
+
+    def in_groups(plan: Plan, rows: int) -> PackPlan:
         used, length = plan.source.shape
         groups = -(-sequences // rows)
         assert used <= rows * groups, (used, rows, groups)
@@ -58,43 +37,10 @@ def place_plans(packing: Packing, sequences: int, mesh: Mesh) -> Plans:
             return full.reshape(groups, rows, length)
 
         count = np.asarray(-(-used // rows), np.int32)
-        arrays = (fill(plan.source, -1), fill(plan.positions, 0), fill(plan.segment_ids, 0), count)
-        return PackPlan(*put(arrays, replicated(mesh)))
+        arrays: Any = (fill(plan.source, -1), fill(plan.positions, 0), fill(plan.segment_ids, 0), count)
+        return PackPlan(*arrays)
 
-    return tuple(place(plan, shape.rows) for plan, shape in zip(packing.plans, packing.shapes, strict=True))
-
-
-def gather(x_BT: Array, source: Array, empty: Any = 0) -> Array:
-    """Values of a padded batch in packed order; `empty` (0, False) where the plan has padding.
-
-    A token may have one value or an array of them, along further axes.
-    """
-    each = x_BT.shape[2:]
-    real = (source >= 0).reshape(*source.shape, *[1] * len(each))
-    return jnp.where(real, x_BT.reshape(-1, *each)[jnp.maximum(source, 0)], jnp.asarray(empty, x_BT.dtype))
-
-
-def scatter(into_BT: Array, source: Array, values: Array) -> Array:
-    """`into_BT` with packed `values` put back where they came from; padding is dropped. Further axes as in `gather`."""
-    B, T, *each = into_BT.shape
-    index = jnp.where(source >= 0, source, B * T)
-    values = values.reshape(-1, *each).astype(into_BT.dtype)
-    return into_BT.reshape(-1, *each).at[index.reshape(-1)].set(values, mode="drop").reshape(into_BT.shape)
-
-
-def over_groups(plans: Plans, carry: Any, body: Callable[[PackPlan, Any], Any]) -> Any:
-    """carry = body(group, carry) for every group in use. The trip count is data: one program for every batch."""
-    for plan in plans:
-
-        def step(number, carry, plan=plan):
-            # Of a plan with one group XLA would see that no round differs from another, and compute in front of the
-            # loop, all over again, as much as fits in memory there.
-            group, _ = jax.lax.optimization_barrier((plan.group(number), number))
-            return body(group, carry)
-
-        with jax.named_scope(GROUPS):
-            carry = jax.lax.fori_loop(0, plan.count, step, carry)
-    return carry
+    return tuple(in_groups(plan, shape.rows) for plan, shape in zip(packing.plans, packing.shapes, strict=True))
 
 
 def count_planned(plans: Plans, mask_BT: Array) -> Array:

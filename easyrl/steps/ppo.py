@@ -28,6 +28,7 @@ from easyrl.algos.kl import adaptive_kl_coef, kl_estimate
 from easyrl.algos.ppo import entropy_bonus, policy_loss, value_loss
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
+from easyrl.core.groups import PackPlan, Plans, gather, over_groups, scatter
 from easyrl.core.masking import Mean, all_finite, constant_mean, masked_sum, mean_of
 from easyrl.core.sharding import Shard, replicated, sharding_for
 from easyrl.models.branch import trained_layers, with_embeddings
@@ -35,7 +36,7 @@ from easyrl.models.families import ModelConfig, param_specs
 from easyrl.models.heads import scalar
 from easyrl.models.trunk import run_layers, trunk
 from easyrl.steps.logprobs import next_token_logprobs
-from easyrl.steps.packed import PackPlan, Plans, count_planned, gather, grads_over_groups, over_groups, scatter
+from easyrl.steps.packed import count_planned, grads_over_groups
 from easyrl.steps.segments import packed_rows
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 

@@ -22,12 +22,12 @@ from easyrl.core.distributed import broadcast, from_first, is_first
 from easyrl.core.errors import UserError
 from easyrl.core.files import write_atomic
 from easyrl.core.fingerprint import fingerprint_params
+from easyrl.core.groups import Plans
 from easyrl.core.sharding import fetch
 from easyrl.data.dataset import Dataset
 from easyrl.data.loader import Batch, Loader
 from easyrl.models.families import ModelConfig
 from easyrl.steps.dpo import AnswerBatch, make_answer_logprobs, place_answers
-from easyrl.steps.packed import Plans
 
 Array = jax.Array
 Logprobs = Callable[[Array, Array, Plans], Array]  # (tokens, mask, plan) -> float32 [B]

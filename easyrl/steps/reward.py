@@ -22,22 +22,14 @@ from jax.sharding import Mesh
 from easyrl.algos.preference import pairwise_loss, pointwise_loss
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
+from easyrl.core.groups import PackPlan, Plans, gather, over_groups
 from easyrl.core.masking import Mean, constant_mean
 from easyrl.core.sharding import Shard, fetch, num_data_shards, put, replicated
 from easyrl.data.packing import Packing, group_shapes, pack
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.models.heads import scalar
 from easyrl.models.trunk import trunk
-from easyrl.steps.packed import (
-    PackPlan,
-    Plans,
-    gather,
-    grads_over_groups,
-    over_groups,
-    place_plans,
-    sums_over_groups,
-    tokens_planned,
-)
+from easyrl.steps.packed import grads_over_groups, place_plans, sums_over_groups, tokens_planned
 from easyrl.steps.segments import last_tokens, packed_rows, pairs_together, sequence_sums
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 

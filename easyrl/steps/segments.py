@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from easyrl.core.groups import PackPlan, gather
 from easyrl.core.sharding import Shard
 from easyrl.data.packing import Packing
-from easyrl.steps.packed import PackPlan, gather
 
 Array = jax.Array
 

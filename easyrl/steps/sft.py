@@ -14,21 +14,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from easyrl.core.groups import PackPlan, Plans, gather
 from easyrl.core.masking import Mean, constant_mean, mean_of
 from easyrl.core.sharding import Shard, put, replicated
 from easyrl.data.packing import Packing
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.steps.logprobs import next_token_logprobs
-from easyrl.steps.packed import (
-    PackPlan,
-    Plans,
-    count_planned,
-    gather,
-    grads_over_groups,
-    place_plans,
-    sums_over_groups,
-    tokens_planned,
-)
+from easyrl.steps.packed import count_planned, grads_over_groups, place_plans, sums_over_groups, tokens_planned
 from easyrl.steps.segments import packed_rows
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 

@@ -6,7 +6,7 @@ import pytest
 from easyrl.core.segments import branch, stem_of
 from easyrl.data.alike import tokens_alike
 from easyrl.data.bins import Units, best_fit, fit_into
-from easyrl.data.packing import Shape, choose_shapes, group_shapes, pack, row_lengths, rows_of_shapes
+from easyrl.data.packing import Shape, choose_shapes, group_shapes, pack, pack_parts, row_lengths, rows_of_shapes
 
 
 def random_lengths(seed, together=1):
@@ -247,3 +247,39 @@ def test_tokens_are_alike_before_the_answers_only():
     assert tokens_alike(tokens, mask, lengths).tolist() == [2, 0, 0]
     mask[:] = False
     assert tokens_alike(tokens, mask, lengths).tolist() == [4, 1, 0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_are_packed_by_themselves_into_the_same_groups(seed):
+    """Every token has one place in its part's plans, and no part alone makes all of them run more than it needs."""
+    _, width, shapes = random_lengths(seed)
+    rng = np.random.default_rng(seed)
+    parts = rng.integers(0, width + 1, (int(rng.integers(1, 5)), int(rng.integers(1, 12))))
+    packings = pack_parts(parts, width, shapes)
+    for lengths, packing in zip(parts, packings, strict=True):
+        assert packing.shapes == tuple(shapes)
+        assert unpacked(packing, width) == {
+            b: list(range(b * width, b * width + n)) for b, n in enumerate(lengths) if n
+        }
+
+    def cost(each):
+        """Of the groups of every shape that any of these takes."""
+        rows = (max(len(packing.plans[i].source) for packing in each) for i in range(len(shapes)))
+        groups = [-(-number // shape.rows) for number, shape in zip(rows, shapes, strict=True)]
+        return sum(number * (shape.rows * shape.length + 128) for number, shape in zip(groups, shapes, strict=True))
+
+    alone = [pack(lengths, width, shapes) for lengths in parts]
+    assert max(cost([packing]) for packing in alone) <= cost(alone)
+    assert cost(packings) <= cost(alone)
+    if len(parts) == 1:
+        for ours, theirs in zip(packings[0].plans, alone[0].plans, strict=True):
+            np.testing.assert_array_equal(ours.source, theirs.source)
+
+
+def test_parts_that_want_different_groups_get_groups_that_hold_both():
+    """Two sequences of 500 take a group of two rows; 740 tokens would take rows of 512 and 256, but fit into it."""
+    shapes = (Shape(2, 512), Shape(1, 512), Shape(1, 256))
+    parts = np.array([[500, 500, 0, 0], [300, 200, 190, 50]])
+    rows = lambda packing: [len(plan.source) for plan in packing.plans]
+    assert [rows(pack(lengths, 512, shapes)) for lengths in parts] == [[2, 0, 0], [0, 1, 1]]
+    assert [rows(packing) for packing in pack_parts(parts, 512, shapes)] == [[2, 0, 0], [2, 0, 0]]

@@ -13,8 +13,9 @@ from easyrl.hf.families import config_from_hf, read_config, read_pad_id
 from easyrl.hf.load import load_params
 from easyrl.models import heads
 from easyrl.models.trunk import trunk
-from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.reward import SequenceScorer
+from easyrl.steps.sampling import make_sampler
 from tests.tiny import draw_params
 
 torch = pytest.importorskip("torch", reason="parity is measured against transformers on torch")

@@ -14,7 +14,8 @@ from easyrl.core.sharding import batch_sharding, make_mesh
 from easyrl.models.families import param_specs
 from easyrl.models.heads import lm_logits, token_logprobs
 from easyrl.models.trunk import trunk
-from easyrl.sampling.decode import SamplingConfig, make_sampler, sample_ids
+from easyrl.sampling.decode import SamplingConfig, make_sampling, sample_ids
+from easyrl.steps.sampling import make_sampler, plan_prompts
 from tests.tiny import draw_params, tiny_config
 
 CFG = tiny_config(num_heads=16, num_kv_heads=8)  # divides by 8 devices
@@ -143,7 +144,7 @@ def test_a_row_depends_on_nothing_but_itself():
     np.testing.assert_allclose(wider.logprobs_BC, expected.logprobs_BC, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh_dim", ["1,1,8", "2,2,2"])
+@pytest.mark.parametrize("mesh_dim", ["1,1,8", "2,2,2", "1,8,1"])
 def test_every_mesh_draws_the_same_samples(mesh_dim):
     expected = sample(stop_ids=STOPS)
     mesh = make_mesh(mesh_dim)
@@ -227,8 +228,9 @@ def test_one_token_needs_no_decoding():
 
 
 def test_the_head_is_computed_at_the_last_prompt_token_only():
-    sample_fn = make_sampler(CFG, SamplingConfig(max_new_tokens=4), stop_ids=())
-    text = sample_fn.lower(PARAMS, np.zeros((3, 50), np.int32), np.full(3, 50), KEY, np.arange(3)).as_text()
+    program, lengths = make_sampling(CFG, SamplingConfig(max_new_tokens=4), stop_ids=()), np.full(3, 50)
+    plans = plan_prompts(lengths, 50, shards=1)
+    text = program.lower(PARAMS, np.zeros((3, 50), np.int32), lengths, plans, KEY, np.arange(3)).as_text()
     assert f"3x{CFG.vocab_size}x" in text
     assert f"3x50x{CFG.vocab_size}x" not in text
 

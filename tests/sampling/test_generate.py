@@ -7,7 +7,8 @@ import pytest
 from easyrl.core.sharding import make_mesh
 from easyrl.hf.families import read_config
 from easyrl.hf.load import load_params
-from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.sampling.decode import SamplingConfig
+from easyrl.steps.sampling import make_sampler
 
 torch = pytest.importorskip("torch", reason="greedy decoding is measured against transformers on torch")
 transformers = pytest.importorskip("transformers", reason="greedy decoding is measured against transformers on torch")

@@ -8,8 +8,9 @@ from easyrl.core.params import shardings
 from easyrl.core.sharding import make_mesh
 from easyrl.models.families import param_specs
 from easyrl.sampling import decode, loops
-from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.sampling.decode import SamplingConfig
 from easyrl.sampling.loops import Loop, cache_sizes, decode_loops, put_rows, take_rows, unfinished_first
+from easyrl.steps.sampling import make_sampler
 from tests.tiny import draw_params, tiny_config
 
 CFG = tiny_config(num_heads=16, num_kv_heads=8)

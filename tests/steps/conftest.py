@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easyrl.core.groups import PackPlan, Plans
 from easyrl.core.params import abstract, init_params
 from easyrl.core.sharding import make_mesh, put, replicated
 from easyrl.data.packing import Packing, Plan, Shape
 from easyrl.models.families import param_specs
 from easyrl.models.llama import LlamaConfig
-from easyrl.steps.packed import PackPlan, Plans, place_plans
+from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import PPOState, Rollout, branch_specs
 from easyrl.steps.state import TrainState
 

@@ -9,10 +9,11 @@ import pytest
 
 from easyrl.core.errors import UserError
 from easyrl.data.packing import Shape, pack
-from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import Passes, PPOConfig, Rollout, make_finish, make_forward
 from easyrl.steps.rollout import SampledBatch, join_samples, lengths_of, minibatches, self_check
+from easyrl.steps.sampling import make_sampler
 from tests.steps.conftest import everywhere, make_params
 
 B, P, C = 8, 6, 8

@@ -12,7 +12,8 @@ from easyrl.hf.refs import load_model
 from easyrl.models.heads import scalar
 from easyrl.models.trunk import trunk
 from easyrl.runtime.jsonl import read_jsonl
-from easyrl.sampling.decode import SamplingConfig, make_sampler
+from easyrl.sampling.decode import SamplingConfig
+from easyrl.steps.sampling import make_sampler
 from easyrl.train_ppo import Config
 from tests.offline import facts_of_card
 from tests.train_ppo.conftest import STOP_IDS, make_tokenizer

@@ -1,0 +1,61 @@
+"""The sampler's host side: how prompts are packed for the prefill, from their lengths alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from easyrl.core.groups import PackPlan, Plans
+from easyrl.core.sharding import fetch, num_data_shards, spec_for
+from easyrl.data.packing import Shape, group_shapes, pack_parts
+from easyrl.models.families import ModelConfig
+from easyrl.sampling.decode import Samples, SamplingConfig, make_sampling
+from easyrl.steps.packed import fill_plans
+
+
+def make_sampler(
+    cfg: ModelConfig, sampling: SamplingConfig, *, mesh: Mesh | None = None, **options: Any
+) -> Callable[..., Samples]:
+    """`sample(params, prompts_BP, prompt_lengths_B, key, sample_ids) -> Samples`: what `sampling.decode.make_sampling`
+    with these arguments makes, given the plans of the prompts.
+
+    Raises UserError as it does, and for B that the mesh's dp x fsdp does not divide.
+    """
+    program = make_sampling(cfg, sampling, mesh=mesh, **options)
+    shards = 1 if mesh is None else num_data_shards(mesh)
+
+    def sample(params: dict, prompts: Any, lengths: Any, key: jax.Array, sample_ids: Any) -> Samples:
+        if mesh is not None:
+            spec_for(("batch", "time"), prompts.shape, mesh, "prompts")
+        plans = plan_prompts(fetch(lengths), prompts.shape[1], shards)
+        return program(params, prompts, lengths, plans, key, sample_ids)
+
+    return sample
+
+
+def prompt_shapes(prompts: int, width: int) -> tuple[Shape, ...]:
+    """The shapes of groups for the prompts of one device, so many of up to `width` tokens."""
+    return group_shapes(width, sequences=prompts)
+
+
+def plan_prompts(lengths: np.ndarray, width: int, shards: int) -> Plans:
+    """The plans, on the host, of prompts with these lengths [B], a batch padded to `width`.
+
+    The batch is in `shards` equal parts, one for each device that has its share of it. Each is packed by itself, and
+    its rows are the same part of every group: see `sampling.prefill`.
+    """
+    parts = np.asarray(lengths).reshape(shards, -1)
+    packings = pack_parts(parts, width, prompt_shapes(parts.shape[1], width))
+    plans = (fill_plans(packing, parts.shape[1]) for packing in packings)
+    return tuple(_side_by_side(of_shape) for of_shape in zip(*plans, strict=True))
+
+
+def _side_by_side(plans: Sequence[PackPlan]) -> PackPlan:
+    """One plan whose groups have the rows of all of these plans' groups, in as many groups as the largest has."""
+
+    def join(*parts: np.ndarray) -> np.ndarray:
+        return np.concatenate(parts, axis=1) if parts[0].ndim else np.max(parts)
+
+    return jax.tree.map(join, *plans)
