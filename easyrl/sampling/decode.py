@@ -186,13 +186,10 @@ def make_sampling(
     def sample(
         params: dict, prompts_BP: Array, prompt_lengths_B: Array, plans: Plans, key: Array, sample_ids: Array
     ) -> Samples:
-        # Each prompt once, the head at its last token only. Weights that are split over fsdp would be gathered for
-        # every group of prompts; as decoding wants them they are not.
-        decode_params = unstack_layers(params, cfg, None if mesh is None else Shard(mesh, DECODE_RULES))
-        prefill_params = params if mesh is None or mesh.shape["fsdp"] == 1 else decode_params
+        # Each prompt once, the head at its last token only.
         B, P = prompts_BP.shape
         prompts_BP, prompt_lengths_B = by_row(prompts_BP), by_row(prompt_lengths_B)
-        hidden_BD, cache = prefill(prefill_params, cfg, prompts_BP, prompt_lengths_B, plans, shards=shards, shard=shard)
+        hidden_BD, cache = prefill(params, cfg, prompts_BP, prompt_lengths_B, plans, shards=shards, shard=shard)
         seen_BV = None
         if sampling.repetition_penalty != 1:
             is_prompt_BP = jnp.arange(P) < prompt_lengths_B[:, None]
@@ -204,6 +201,7 @@ def make_sampling(
             lambda x: by_row(jnp.repeat(x, num_samples, axis=0)), (prompt_lengths_B, hidden_BD, seen_BV)
         )
         B = B * num_samples
+        decode_params = unstack_layers(params, cfg, None if mesh is None else Shard(mesh, DECODE_RULES))
         rows = _Rows(
             step=jnp.zeros((), jnp.int32),
             prompt_lengths_B=prompt_lengths_B,
