@@ -42,7 +42,7 @@ from easyrl.runtime.progress import SECONDS_BETWEEN_LINES, short
 from easyrl.sampling import best_of_n
 from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.rollout import join_samples
-from easyrl.steps.sampling import make_sampler
+from easyrl.steps.sampling import Sampler
 
 MOST_SAMPLES = 1024  # answers to a prompt: answer j to prompt i is number i * MOST_SAMPLES + j, whatever N is
 MOST_PROMPTS = 2**32 // MOST_SAMPLES
@@ -172,7 +172,7 @@ def main(config: Config) -> None:
     # ------------------------------------------------------------ weights, device programs, what is done already
     params = load_weights(model, mesh, head="lm", dtype=dtype, seed=config.seed)
     sources = found.load(mesh, dtype=dtype, batch_size=size * config.each) if found else []
-    sample = make_sampler(
+    sample = Sampler(
         model.cfg, sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), num_samples=config.each, mesh=mesh
     )
     key = jax.random.key(config.seed)

@@ -60,7 +60,7 @@ from easyrl.steps.dpo import KTO, AnswerBatch, DPOConfig, make_dpo_eval, make_dp
 from easyrl.steps.kto import KTOBatch, make_kto_eval, make_kto_step, with_margins
 from easyrl.steps.optimizer import make_optimizer
 from easyrl.steps.reference import ReferenceModel, answers_of, make_reference
-from easyrl.steps.sampling import make_sampler
+from easyrl.steps.sampling import Sampler
 from easyrl.steps.state import abstract_train_state, create_train_state
 
 SCRIPT = "train_dpo"
@@ -262,7 +262,7 @@ def online_pairs(
 ) -> OnlinePairs:
     """The policy's own answers as pairs; `equal_start`: the policy still has the reference's weights."""
     dtype = DTYPES[config.dtype]
-    sample = make_sampler(
+    sample = Sampler(
         start.model.cfg, config.sampling, stop_ids=stop_ids_of(start.model, start.template, config.stop_ids),
         pad_id=pad_id(start.tokenizer), logprob_space="model", num_samples=EACH, mesh=mesh,
     )  # fmt: skip

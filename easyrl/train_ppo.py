@@ -48,7 +48,7 @@ from easyrl.runtime.interrupt import stopping_at_signals
 from easyrl.runtime.loop import Hook, StepInfo, run_loop
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.runtime.ppo_card import ppo_card, value_card
-from easyrl.runtime.progress import progress_hook
+from easyrl.runtime.progress import compile_programs, progress_hook
 from easyrl.runtime.report import write_report
 from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
 from easyrl.runtime.run_dir import make_run_dir
@@ -57,9 +57,17 @@ from easyrl.runtime.troubles import Troubles
 from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.optimizer import make_optimizer, make_schedule
 from easyrl.steps.packed import place_plans
-from easyrl.steps.ppo import PPOConfig, PPOState, branch_specs, make_finish, make_forward, make_update
-from easyrl.steps.rollout import SampledBatch, join_samples, run_updates, self_check
-from easyrl.steps.sampling import make_sampler
+from easyrl.steps.ppo import (
+    PPOConfig,
+    PPOState,
+    abstract_passes,
+    branch_specs,
+    make_finish,
+    make_forward,
+    make_update,
+)
+from easyrl.steps.rollout import SampledBatch, calls_ahead, join_samples, run_updates, self_check
+from easyrl.steps.sampling import Sampler
 from easyrl.steps.state import abstract_train_state, create_train_state
 
 
@@ -261,7 +269,7 @@ def main(config: Config) -> None:
     state = checkpoints.restore(abstract_state, first_state)
 
     # ------------------------------------------------------------ device programs
-    sample = make_sampler(
+    sample = Sampler(
         policy.cfg, config.sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), logprob_space=config.logprob_space,
         num_samples=config.rollouts_per_prompt, mesh=mesh,
     )  # fmt: skip
@@ -278,6 +286,21 @@ def main(config: Config) -> None:
         for train_policy in (True, False)
     )  # fmt: skip
 
+    sample_ids = np.arange(config.num_responses, dtype=np.int32)
+    if checkpoints.start < total_steps:
+        some = prompts.batch(0)
+        drawing = sample.call(
+            join(frozen.bottom, state.policy.params), some.tokens, some.lengths, jax.random.key(0), sample_ids
+        )
+        updates = {"update of the value model": update_value} if checkpoints.start < frozen_steps else {}
+        updates |= {"update": update_both} if frozen_steps < total_steps else {}
+        expected = calls_ahead(
+            forward, finish, {} if config.generate_only else updates, (state, frozen.reference),
+            abstract_passes(policy.cfg, config, config.num_responses, max_length, mesh), size=config.mini_batch_size,
+            shapes=shapes, update_shapes=update_shapes, mesh=mesh, from_sampler=config.old_logprobs == "sampler",
+        )  # fmt: skip
+        compile_programs([drawing, *expected, *(call for source in sources for call in source.calls())])
+
     # ------------------------------------------------------------ one step
     moments, checked = Moments(), False
     facts = {"policy_updates": policy_updates, "total_updates": value_updates, "warmup_updates": warmup_updates}
@@ -286,7 +309,6 @@ def main(config: Config) -> None:
     def respond(params: dict, batch: PromptBatch, step: int) -> tuple[SampledBatch, ResponseBatch]:
         """`rollouts_per_prompt` responses to each prompt: as tokens, and as what reward sources read."""
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        sample_ids = np.arange(config.num_responses, dtype=np.int32)
         samples = sample(join(frozen.bottom, params), batch.tokens, batch.lengths, key, sample_ids)
         sampled = join_samples(batch.tokens, batch.lengths, samples, pad_id=pad_id(tokenizer))
         return sampled, response_batch(batch, sampled, tokenizer)

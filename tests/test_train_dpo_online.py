@@ -23,7 +23,7 @@ from easyrl.runtime.metrics import timeless
 from easyrl.sampling.decode import Samples
 from easyrl.steps.dpo import DPOConfig, make_answer_logprobs, make_dpo_step, place_answers
 from easyrl.steps.packed import place_plans
-from easyrl.steps.sampling import make_sampler
+from easyrl.steps.sampling import Sampler
 from easyrl.steps.state import create_train_state
 from tests.offline import TINY, facts_of_card, metrics_of, run_script, write_rows
 from tests.train_ppo.conftest import FUNCTIONS, STOP_IDS, make_tokenizer, write_model
@@ -62,7 +62,7 @@ def pairs_for(folder, mesh, missing_eos="none"):
     template = load_template("none", make_tokenizer())
     config = OnlineConfig(online=True, max_continuation_len=C, missing_eos=missing_eos)
     data = DatasetConfig(path=str(folder / "prompts.jsonl"), seq_length=P, batch_size=B)
-    sample = make_sampler(
+    sample = Sampler(
         model.cfg, config.sampling, stop_ids=tuple(STOP_IDS), logprob_space="model", num_samples=2, mesh=mesh
     )
     logprobs = make_answer_logprobs(other.cfg, mesh)

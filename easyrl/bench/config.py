@@ -26,6 +26,7 @@ class ModelBenchConfig(BenchConfig):
     """A benchmark that runs a model."""
 
     model: str = flag("34m", "Shape of the models: debug, 34m, 270m, 1b, 3b or 8b. Weights are random.")
+    layers: int = flag(0, "Layers of the models. 0: as many as the shape has.", least=0)
     param_dtype: str = flag("fp32", "Format of the weights in training.", choices=tuple(DTYPES))
     mesh_dim: str = flag("1,-1,1", "Sizes of the mesh axes dp,fsdp,mp.")
     remat: str = flag("none", "What the backward pass recomputes.", choices=("none", "dots", "full"))
@@ -41,4 +42,5 @@ class ModelBenchConfig(BenchConfig):
     @property
     def cfg(self) -> LlamaConfig:
         """The model's configuration."""
-        return shape(self.model, dtype=DTYPES[self.dtype], remat=self.remat)
+        layers = {"num_layers": self.layers} if self.layers else {}
+        return shape(self.model, dtype=DTYPES[self.dtype], remat=self.remat, **layers)

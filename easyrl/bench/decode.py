@@ -20,7 +20,7 @@ from easyrl.models.llama import LlamaConfig
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.sampling.decode import SamplingConfig
-from easyrl.steps.sampling import make_sampler
+from easyrl.steps.sampling import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def main(config: Config) -> None:
 
     with benchmark(config, "decode") as laps:
         prefill, sample = (
-            make_sampler(cfg, SamplingConfig(max_new_tokens=length), stop_ids=(), mesh=mesh)
+            Sampler(cfg, SamplingConfig(max_new_tokens=length), stop_ids=(), mesh=mesh)
             for length in (1, config.new_tokens)
         )
         work = _work(config, cfg)

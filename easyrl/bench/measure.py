@@ -1,6 +1,7 @@
 """Timing: laps with phases, warm-up apart, compile time, peak memory and profiles."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -69,14 +70,23 @@ def run_laps(step: Callable[[int, PhaseTimer], Work], warmup: int, repeats: int,
 
 
 class CompileTime:
-    """Seconds that JAX spends tracing, lowering and compiling while this is active."""
+    """Seconds in which JAX traces, lowers or compiles while this is active; of programs side by side, counted once."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self._spans: list[tuple[float, float]] = []
+
+    @property
+    def seconds(self) -> float:
+        total, until = 0.0, -math.inf
+        for start, end in sorted(self._spans):
+            total += max(end - max(start, until), 0.0)
+            until = max(until, end)
+        return total
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.rpartition("/")[2] in COMPILE_EVENTS:
-            self.seconds += duration_secs
+            now = time.perf_counter()
+            self._spans.append((now - duration_secs, now))
 
     @contextlib.contextmanager
     def active(self) -> Iterator["CompileTime"]:

@@ -17,6 +17,7 @@ from easyrl.bench.measure import Work, run_laps
 from easyrl.bench.models import place_model
 from easyrl.bench.report import benchmark
 from easyrl.bench.workloads import END, w1_prompts, w4_prompts
+from easyrl.core.ahead import compile_ahead
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.sharding import make_mesh, put, replicated
@@ -29,10 +30,10 @@ from easyrl.runtime.run_config import find_shapes
 from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from easyrl.steps.packed import place_plans
-from easyrl.steps.ppo import PPOConfig, PPOState, make_finish, make_forward, make_update
+from easyrl.steps.ppo import PPOConfig, PPOState, abstract_passes, make_finish, make_forward, make_update
 from easyrl.steps.reward import SequenceScorer
-from easyrl.steps.rollout import SampledBatch, join_samples, run_updates
-from easyrl.steps.sampling import make_sampler
+from easyrl.steps.rollout import SampledBatch, calls_ahead, join_samples, run_updates
+from easyrl.steps.sampling import Sampler
 from easyrl.steps.state import create_train_state
 
 PPO = PPOConfig(temperature=1.0)
@@ -93,9 +94,7 @@ def main(config: Config) -> None:
     with benchmark(config, "ppo") as laps:
         # ------------------------------------------------------------ device programs
         optimizer = make_optimizer(OptimizerConfig(clip_gradient=0.0), make_schedule("constant", config.lr, 1))
-        sample = make_sampler(
-            cfg, SamplingConfig(max_new_tokens=new_tokens), stop_ids=(END,) if real else (), mesh=mesh
-        )
+        sample = Sampler(cfg, SamplingConfig(max_new_tokens=new_tokens), stop_ids=(END,) if real else (), mesh=mesh)
         forward, finish = make_forward(cfg, cfg, cfg, PPO, mesh), make_finish(PPO, mesh)
         update = make_update(cfg, cfg, PPO, optimizer, optimizer, mesh)
         state = PPOState(
@@ -104,6 +103,13 @@ def main(config: Config) -> None:
             put(np.float32(PPO.kl_coef), whole),
         )
         del policy, value
+        expected = calls_ahead(
+            forward, finish, {"update": update}, (state, reference),
+            abstract_passes(cfg, PPO, num_samples, width, mesh), size=config.mini_batch_size,
+            shapes=shapes, update_shapes=update_shapes, mesh=mesh, from_sampler=config.old_logprobs == "sampler",
+        )  # fmt: skip
+        drawing = sample.call(state.policy.params, *_padded(batches[0], longest), jax.random.key(0), ids)
+        compile_ahead([drawing, *expected, scorer.call()])
 
         # ------------------------------------------------------------ one iteration
         def step(number: int, timer: PhaseTimer) -> Work:

@@ -10,17 +10,18 @@ from jax.sharding import Mesh
 
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.params import abstract
-from easyrl.data.packing import rounded_up
+from easyrl.data.packing import Shape, rounded_up
 from easyrl.hf.refs import find_config
 from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
-from easyrl.planning.phases import Phase, ScriptPlan, pack_plans, packed_loops, remat_share, trained, whole
+from easyrl.planning.phases import Phase, ScriptPlan, packed_loops, remat_share, trained, whole
 from easyrl.planning.rollout import frozen_rewards, reward_phases, sampling_phase
 from easyrl.rewards.online import EACH
 from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.steps.dpo import KTO, AnswerBatch, make_answer_logprobs, make_dpo_step
 from easyrl.steps.kto import KTOBatch, make_kto_step
 from easyrl.steps.optimizer import make_optimizer, make_schedule
+from easyrl.steps.packed import abstract_plans
 from easyrl.steps.reward import RewardBatch, make_reward_step
 from easyrl.steps.sft import SFTBatch, make_sft_step
 
@@ -42,7 +43,7 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
     # Of the shapes that groups may have, the one for the bulk.
     rows = find_shapes(config, mesh, length, together=per_sample, sequences=B)[0].rows
     most = -(-B * T // length)
-    plans, loops = pack_plans(mesh, most, rows, length), packed_loops(most, rows, length, fill)
+    plans, loops = abstract_plans([Shape(rows, length)], most, mesh), packed_loops(most, rows, length, fill)
 
     optimizer = make_optimizer(config.optimizer, make_schedule(config.lr_schedule, config.lr, 1))
     head = "reward" if script == "train_rm" else "lm"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from easyrl.core.groups import GROUPS, PackPlan, Plans
+from easyrl.core.groups import GROUPS
 from easyrl.core.sharding import replicated
 from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
@@ -94,12 +94,6 @@ def trained(
 def whole(mesh: Mesh, dtype, *shape: int) -> Any:
     """An array that every device holds: a stand-in, where programs take arrays."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
-
-
-def pack_plans(mesh: Mesh, most: int, rows: int, length: int) -> Plans:
-    """The abstract plan that packs up to `most` rows of `length` tokens in groups of `rows`, the only one."""
-    grid = whole(mesh, jnp.int32, -(-most // rows), rows, length)
-    return (PackPlan(grid, grid, grid, whole(mesh, jnp.int32)),)
 
 
 def groups(most: int, rows: int, fill: float) -> int:

@@ -3,23 +3,31 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.params import abstract
-from easyrl.core.sharding import sharding_for
+from easyrl.data.packing import Shape
 from easyrl.hf.refs import find_config
 from easyrl.models.branch import join, trained_layers
 from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
-from easyrl.planning.phases import Phase, ScriptPlan, pack_plans, packed_loops, remat_share, trained, whole
+from easyrl.planning.phases import Phase, ScriptPlan, packed_loops, remat_share, trained, whole
 from easyrl.planning.rollout import frozen_rewards, reward_phases, reward_refs, sampling_phase
 from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.steps.optimizer import make_optimizer, make_schedule
-from easyrl.steps.ppo import KEPT, PPOState, branch_specs, make_finish, make_forward, make_update
+from easyrl.steps.packed import abstract_plans
+from easyrl.steps.ppo import (
+    PPOState,
+    abstract_passes,
+    abstract_rollout,
+    branch_specs,
+    make_finish,
+    make_forward,
+    make_update,
+)
 
 
 def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
@@ -71,7 +79,7 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     # Of the shapes that groups may have, the one for the bulk.
     rows = find_shapes(config, mesh, T, sequences=B)[0].rows
     update_rows = find_shapes(config, mesh, T, sequences=config.mini_batch_size)[0].rows
-    plan, passes_loops = pack_plans(mesh, B, rows, T), packed_loops(B, rows, T, fill)
+    plan, passes_loops = abstract_plans([Shape(rows, T)], B, mesh), packed_loops(B, rows, T, fill)
     forward = make_forward(policy_cfg, ref_cfg, value_cfg, config, mesh)
     drawn = whole(mesh, jnp.float32, B, T)
     sampler = (drawn, drawn) if config.old_logprobs == "sampler" else None
@@ -85,17 +93,11 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     phases.append(Phase("passes", forward, forward_arguments, runs=1, loops=passes_loops, necessary=all_passes))
 
     finish = make_finish(config, mesh)
-    whole_like = lambda tree: jax.tree.map(lambda x: whole(mesh, x.dtype, *x.shape), tree)
-    passes = whole_like(jax.eval_shape(forward, *forward_arguments).replace(hidden=None))
-    hidden = None
-    if shared:
-        shape = (B, T, policy_cfg.width)
-        kept = sharding_for(KEPT, shape, mesh, "hidden states that updates start from")
-        hidden = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=kept)
-    finish_arguments = (tokens, mask, passes, whole(mesh, jnp.float32, B), kl_coef)
+    passes = abstract_passes(policy_cfg, config, B, T, mesh)
+    finish_arguments = (tokens, mask, passes.replace(hidden=None), whole(mesh, jnp.float32, B), kl_coef)
     phases.append(Phase("finish", finish, finish_arguments, runs=1, loops={}, necessary=0.0))
 
-    rollout = whole_like(jax.eval_shape(finish, *finish_arguments)[0]).replace(hidden=hidden)
+    rollout = abstract_rollout(finish, finish_arguments, mesh).replace(hidden=passes.hidden)
     M = config.mini_batch_size
     update_flops = {
         "policy": M * flops["policy"].sequence(length, logits=length),
@@ -105,7 +107,7 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
         Phase(
             "update",
             make_update(policy_cfg, value_cfg, config, policy_optimizer, value_optimizer, mesh),
-            (state, rollout, pack_plans(mesh, M, update_rows, T), whole(mesh, jnp.bool_), bottom),
+            (state, rollout, abstract_plans([Shape(update_rows, T)], M, mesh), whole(mesh, jnp.bool_), bottom),
             runs=config.ppo_epochs * B / M,
             loops=packed_loops(M, update_rows, T, fill),
             necessary=3 * sum(update_flops.values()),
@@ -120,6 +122,6 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
         "reference": ("frozen weights", ref_params),
         "shared bottom": ("frozen weights", bottom),
         **frozen_rewards(rewards),
-        "rollout": ("rollout", (rollout, passes, plan)),
+        "rollout": ("rollout", (rollout, passes.replace(hidden=None), plan)),
     }
     return ScriptPlan(phases, resident, tokens=B * length)

@@ -12,16 +12,18 @@ from easyrl.core.dtypes import DTYPES
 from easyrl.core.groups import GROUPS
 from easyrl.core.params import abstract
 from easyrl.core.sharding import DECODE_RULES, check_batch, num_data_shards
+from easyrl.data.packing import Shape
 from easyrl.data.tokenizer import parse_ids
 from easyrl.hf.refs import find_config
 from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.memory import device_bytes, item_size
 from easyrl.planning.necessary import ForwardFlops
-from easyrl.planning.phases import Phase, groups, pack_plans, packed_loops, whole
+from easyrl.planning.phases import Phase, groups, packed_loops, whole
 from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.sampling.decode import make_sampling
 from easyrl.sampling.loops import decode_loops
+from easyrl.steps.packed import abstract_plans
 from easyrl.steps.reward import make_scorer
 from easyrl.steps.sampling import prompt_shapes
 
@@ -52,7 +54,7 @@ def sampling_phase(
     return Phase(
         "sampling",
         sample,
-        (params, host(N, P), host(N), pack_plans(mesh, N, rows, P), key, host(B)),
+        (params, host(N, P), host(N), abstract_plans([Shape(rows, P)], N, mesh), key, host(B)),
         runs=1,
         loops={GROUPS: groups(N, rows, fill)}
         | {loop.name: float(trips) for loop, trips in zip(loops, trips, strict=True)},
@@ -76,7 +78,7 @@ def reward_phases(config: Any, responses: int, length: int, mesh: Mesh, fill: fl
     """
     rows = find_shapes(config, mesh, length, sequences=responses)[0].rows
     compute = {**compute_settings(config), "remat": "none"}
-    tokens, plan = whole(mesh, jnp.int32, responses, length), pack_plans(mesh, responses, rows, length)
+    tokens, plan = whole(mesh, jnp.int32, responses, length), abstract_plans([Shape(rows, length)], responses, mesh)
     phases = []
     for number, ref in enumerate(reward_refs(config), 1):
         cfg = find_config(ref, compute=compute, flag="--load_checkpoint_reward")

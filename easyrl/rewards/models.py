@@ -80,8 +80,10 @@ def load_reward_model(
         pad_id=model.found.pad_id,
     )
     if model.template is None:
-        return model_source(model.name, scorer)
-    return retokenized_source(model.name, model.template, model.max_length, scorer)
+        source = model_source(model.name, scorer)
+    else:
+        source = retokenized_source(model.name, model.template, model.max_length, scorer)
+    return dataclasses.replace(source, calls=lambda: [scorer.call(name=model.name)])
 
 
 @dataclasses.dataclass(frozen=True)

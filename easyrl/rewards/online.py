@@ -83,7 +83,7 @@ class OnlinePairs:
 
     Args:
       prompts: B of them are a step.
-      sample: `make_sampler`'s, with two responses a prompt and log-probs in the space `model`.
+      sample: `Sampler`'s, with two responses a prompt and log-probs in the space `model`.
       sources, weights: what judges.
       reference: log-probs of answers under the frozen reference; None: the loss needs none.
       shapes: of the groups of packed rows that pairs are learnt from.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from easyrl.core.ahead import Call
 from easyrl.core.distributed import from_first
 from easyrl.core.errors import UserError
 from easyrl.data.messages import BadRow, Message, Messages, as_dicts
@@ -39,12 +40,14 @@ class ResponseBatch:
 class Source:
     """`score(batch)` gives one number a response, float64 [B], and metrics of its own. `name` stands in metrics.
 
-    `check(columns)` raises UserError when data with these other columns lack one that the source needs.
+    `check(columns)` raises UserError when data with these other columns lack one that the source needs. `calls()` are
+    its calls of device programs, for compiling them beforehand.
     """
 
     name: str
     score: Callable[[ResponseBatch], tuple[np.ndarray, dict[str, float]]]
     check: Callable[[Collection[str]], None] = lambda columns: None
+    calls: Callable[[], Sequence[Call]] = tuple
 
 
 def model_source(name: str, score_tokens: ScoreTokens) -> Source:

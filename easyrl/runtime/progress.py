@@ -1,12 +1,13 @@
 """The progress bar: one line, on process 0."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from tqdm import tqdm
 
-from easyrl.core.distributed import is_first
+from easyrl.core.ahead import Call, compile_ahead
+from easyrl.core.distributed import is_first, quiet, say
 from easyrl.runtime.loop import Hook, StepInfo
 
 # In a log file every refresh is one more line, in a terminal it overwrites the last. So a file gets none before the
@@ -43,6 +44,15 @@ def progress_hook(total: int, show: Mapping[str, str], *, start: int = 0, file: 
         bar.close()  # what else is said at the end has lines of its own
 
     return Hook(on_step=on_step, on_stop=end, on_end=end, close=bar.close)
+
+
+def compile_programs(calls: Sequence[Call]) -> None:
+    """`compile_ahead`, with a bar, and a line that says after how many seconds each program was ready."""
+    with tqdm(total=len(calls), unit="program", desc="compiling", disable=quiet(), leave=False) as bar:
+        seconds = compile_ahead(calls, lambda name: bar.update())
+    if calls:
+        ready = ", ".join(f"{name} {after:.1f}" for name, after in seconds.items())
+        say(f"compiled in {max(seconds.values()):.1f} s; ready after seconds: {ready}")
 
 
 def short(value: float) -> str:

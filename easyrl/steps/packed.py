@@ -3,7 +3,7 @@
 Plans go to the devices, and sums and gradients add up over the groups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from easyrl.core.groups import PackPlan, Plans, gather, over_groups
 from easyrl.core.sharding import put, replicated
-from easyrl.data.packing import Packing, Plan
+from easyrl.data.packing import Packing, Plan, Shape
 
 Array = jax.Array
 
@@ -41,6 +41,16 @@ def fill_plans(packing: Packing, sequences: int) -> Plans:
         return PackPlan(*arrays)
 
     return tuple(in_groups(plan, shape.rows) for plan, shape in zip(packing.plans, packing.shapes, strict=True))
+
+
+def abstract_plans(shapes: Sequence[Shape], sequences: int, mesh: Mesh) -> Plans:
+    """Stand-ins for the plans that `place_plans` makes of a batch packed into groups of these shapes."""
+
+    def whole(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
+
+    grids = (whole(-(-sequences // shape.rows), *shape) for shape in shapes)
+    return tuple(PackPlan(grid, grid, grid, whole()) for grid in grids)
 
 
 def count_planned(plans: Plans, mask_BT: Array) -> Array:

@@ -45,6 +45,7 @@ Array = jax.Array
 # Hidden states [R, S, D] are kept split by width, so that picking rows of them needs no other device. On their way
 # between there and the batch's split by rows they pass through a form from which each is one exchange away.
 KEPT, PICKED = (None, None, "kept_width"), (None, None, "picked_width")
+HIDDEN = "hidden states that updates start from"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,23 @@ def branch_specs(cfg: ModelConfig, head: str, ppo: PPOConfig) -> dict:
     return param_specs(cfg, head, trained_layers(cfg.num_layers, ppo.num_layers_unfrozen))
 
 
+def abstract_passes(policy_cfg: ModelConfig, ppo: PPOConfig, samples: int, width: int, mesh: Mesh) -> Passes:
+    """Stand-ins for what `forward` returns of `samples` samples of up to `width` tokens."""
+    numbers = jax.ShapeDtypeStruct((samples, width), jnp.float32, sharding=replicated(mesh))
+    hidden = None
+    if trained_layers(policy_cfg.num_layers, ppo.num_layers_unfrozen).start:
+        shape = (samples, width, policy_cfg.width)
+        hidden = jax.ShapeDtypeStruct(shape, policy_cfg.dtype, sharding=sharding_for(KEPT, shape, mesh, HIDDEN))
+    return Passes(numbers, numbers, numbers, numbers, hidden)  # type: ignore[arg-type]  # abstract
+
+
+def abstract_rollout(finish: Callable, arguments: tuple, mesh: Mesh) -> Rollout:
+    """Stand-ins for the rollout that `finish` returns for these arguments."""
+    whole = replicated(mesh)
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+    return jax.tree.map(like, jax.eval_shape(finish, *arguments)[0])
+
+
 class PPOState(flax.struct.PyTreeNode):
     """Everything PPO changes."""
 
@@ -158,7 +176,7 @@ def make_forward(
     logprobs_of = functools.partial(next_token_logprobs, temperature=ppo.logprob_temperature, shard=shard)
     shared = trained_layers(policy_cfg.num_layers, ppo.num_layers_unfrozen).start > 0
     D = policy_cfg.width
-    kept = sharding_for(KEPT, (1, 1, D), mesh, "hidden states that updates start from") if shared else whole
+    kept = sharding_for(KEPT, (1, 1, D), mesh, HIDDEN) if shared else whole
 
     @functools.partial(jax.jit, out_shardings=Passes(whole, whole, whole, whole, kept))  # type: ignore[arg-type]
     def forward(

@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from easyrl.algos.preference import pairwise_loss, pointwise_loss
+from easyrl.core.ahead import Call
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.groups import PackPlan, Plans, gather, over_groups
@@ -236,10 +237,12 @@ class SequenceScorer:
             found = f"sequence {wrong[0]} has {lengths[wrong[0]]} tokens"
             raise ValueError(f"{found}, expected 1 to {self._max_length}")
         starts = range(0, len(sequences), self._num_sequences)
-        scores = [self._score_batch(sequences[start : start + self._num_sequences]) for start in starts]
+        parts = [sequences[start : start + self._num_sequences] for start in starts]
+        scores = [fetch(self.call(part).run())[: len(part)] for part in parts]
         return np.concatenate([np.zeros(0, np.float32), *scores])
 
-    def _score_batch(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
+    def call(self, sequences: Sequence[np.ndarray] = (), name: str = "reward") -> Call:
+        """The call of the device program on up to num_sequences sequences; which these are does not change it."""
         tokens = np.zeros((self._num_sequences, self._max_length), np.int32)
         lengths = np.zeros(self._num_sequences, np.int32)
         for row, sequence in enumerate(sequences):
@@ -247,4 +250,4 @@ class SequenceScorer:
         packing = pack(lengths, self._max_length, self._shapes)
         whole = put((tokens, lengths), replicated(self._mesh))
         placed = place_plans(packing, self._num_sequences, self._mesh)
-        return fetch(self._score(self._params, *whole, placed))[: len(sequences)]
+        return Call(name, self._score, (self._params, *whole, placed))

@@ -1,18 +1,20 @@
 """PPO's host side: sampled responses laid out for training, minibatches, and the check before the first update."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from easyrl.core.ahead import Call
 from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean, add_metrics
 from easyrl.core.sharding import fetch, put, replicated
 from easyrl.data.packing import Shape, pack
-from easyrl.steps.packed import place_plans
-from easyrl.steps.ppo import Passes, PPOState, Rollout
+from easyrl.steps.packed import abstract_plans, place_plans
+from easyrl.steps.ppo import Passes, PPOState, Rollout, abstract_rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,32 @@ def run_updates(
         state, stopped, new = update(state, rollout, place_plans(packing, size, mesh), stopped)
         metrics = add_metrics(metrics, new) if metrics else new
     return state, metrics
+
+
+def calls_ahead(
+    forward: Callable, finish: Callable, updates: Mapping[str, Callable], models: tuple[PPOState, dict], passes: Passes,
+    *, size: int, shapes: Sequence[Shape], update_shapes: Sequence[Shape], mesh: Mesh, from_sampler: bool,
+) -> list[Call]:  # fmt: skip
+    """The calls of a step on samples that are still to come, for compiling them beforehand: updates by name, passes,
+    and what finishes the rollout.
+
+    models are the state and the reference's weights. `passes`, of `abstract_passes`, says how many samples there will
+    be. With `from_sampler` the log-probs that were drawn are given to `forward`. The rest is as in `run_updates`.
+    """
+    state, reference = models
+    drawn, whole = passes.old_logprobs, replicated(mesh)
+    samples = len(drawn)
+    like = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+    tokens, mask = like(drawn.shape, jnp.int32), like(drawn.shape, jnp.bool_)
+    weights = (state.policy.params, reference, state.value.params)
+    plans, some = abstract_plans(shapes, samples, mesh), abstract_plans(update_shapes, size, mesh)
+    finishing = Call("finish", finish, (tokens, mask, passes, like((samples,), jnp.float32), state.kl_coef))
+    rollout = abstract_rollout(finish, finishing.arguments, mesh).replace(hidden=passes.hidden)
+    return [
+        *(Call(name, update, (state, rollout, some, like((), jnp.bool_))) for name, update in updates.items()),
+        Call("passes", forward, (*weights, tokens, mask, plans), {"sampler": (drawn, drawn) if from_sampler else None}),
+        finishing,
+    ]
 
 
 # Largest differences in log-prob that rounding explains, as (mean over tokens, maximum), by compute dtype.

@@ -1,12 +1,13 @@
 """The sampler's host side: how prompts are packed for the prefill, from their lengths alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from easyrl.core.ahead import Call
 from easyrl.core.groups import PackPlan, Plans
 from easyrl.core.sharding import fetch, num_data_shards, spec_for
 from easyrl.data.packing import Shape, group_shapes, pack_parts
@@ -15,24 +16,26 @@ from easyrl.sampling.decode import Samples, SamplingConfig, make_sampling
 from easyrl.steps.packed import fill_plans
 
 
-def make_sampler(
-    cfg: ModelConfig, sampling: SamplingConfig, *, mesh: Mesh | None = None, **options: Any
-) -> Callable[..., Samples]:
+class Sampler:
     """`sample(params, prompts_BP, prompt_lengths_B, key, sample_ids) -> Samples`: what `sampling.decode.make_sampling`
     with these arguments makes, given the plans of the prompts.
 
     Raises UserError as it does, and for B that the mesh's dp x fsdp does not divide.
     """
-    program = make_sampling(cfg, sampling, mesh=mesh, **options)
-    shards = 1 if mesh is None else num_data_shards(mesh)
 
-    def sample(params: dict, prompts: Any, lengths: Any, key: jax.Array, sample_ids: Any) -> Samples:
-        if mesh is not None:
-            spec_for(("batch", "time"), prompts.shape, mesh, "prompts")
+    def __init__(self, cfg: ModelConfig, sampling: SamplingConfig, *, mesh: Mesh | None = None, **options: Any):
+        self._mesh, self._program = mesh, make_sampling(cfg, sampling, mesh=mesh, **options)
+
+    def __call__(self, params: dict, prompts: Any, lengths: Any, key: jax.Array, sample_ids: Any) -> Samples:
+        return self.call(params, prompts, lengths, key, sample_ids).run()
+
+    def call(self, params: dict, prompts: Any, lengths: Any, key: jax.Array, sample_ids: Any) -> Call:
+        """The call of the device program. Which program that is depends on no array's values."""
+        if self._mesh is not None:
+            spec_for(("batch", "time"), prompts.shape, self._mesh, "prompts")
+        shards = 1 if self._mesh is None else num_data_shards(self._mesh)
         plans = plan_prompts(fetch(lengths), prompts.shape[1], shards)
-        return program(params, prompts, lengths, plans, key, sample_ids)
-
-    return sample
+        return Call("sampling", self._program, (params, prompts, lengths, plans, key, sample_ids))
 
 
 def prompt_shapes(prompts: int, width: int) -> tuple[Shape, ...]:

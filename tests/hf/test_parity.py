@@ -15,7 +15,7 @@ from easyrl.models import heads
 from easyrl.models.trunk import trunk
 from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.reward import SequenceScorer
-from easyrl.steps.sampling import make_sampler
+from easyrl.steps.sampling import Sampler
 from tests.tiny import draw_params
 
 torch = pytest.importorskip("torch", reason="parity is measured against transformers on torch")
@@ -156,7 +156,7 @@ def test_packed_rows_and_greedy_decoding(case, tiny, tmp_path, mesh):
     np.testing.assert_allclose(logits, np.concatenate(alone), atol=TOLERANCE, rtol=0)
 
     prompts = np.stack([np.pad(row, (0, max(lengths) - len(row))) for row in rows]).astype(np.int32)
-    sample = make_sampler(cfg, SamplingConfig(max_new_tokens=new, temperature=0.0), stop_ids=())
+    sample = Sampler(cfg, SamplingConfig(max_new_tokens=new, temperature=0.0), stop_ids=())
     samples = sample(params["lm"], prompts, np.array(lengths), jax.random.key(0), np.arange(3))
     for row, ours in zip(rows, np.asarray(samples.tokens_BC), strict=True):
         given = torch.tensor(row)[None]

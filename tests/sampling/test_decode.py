@@ -15,7 +15,7 @@ from easyrl.models.families import param_specs
 from easyrl.models.heads import lm_logits, token_logprobs
 from easyrl.models.trunk import trunk
 from easyrl.sampling.decode import SamplingConfig, make_sampling, sample_ids
-from easyrl.steps.sampling import make_sampler, plan_prompts
+from easyrl.steps.sampling import Sampler, plan_prompts
 from tests.tiny import draw_params, tiny_config
 
 CFG = tiny_config(num_heads=16, num_kv_heads=8)  # divides by 8 devices
@@ -32,7 +32,7 @@ IDS = np.arange(8) + 100
 def sampler(stop_ids=(), mesh=None, logprob_space="sampling", num_samples=1, **settings):
     config = SamplingConfig(**{"max_new_tokens": 12, **settings})
     options = {"pad_id": PAD, "logprob_space": logprob_space, "num_samples": num_samples, "mesh": mesh}
-    return make_sampler(CFG, config, stop_ids=stop_ids, **options)
+    return Sampler(CFG, config, stop_ids=stop_ids, **options)
 
 
 def sample(prompts=PROMPTS, lengths=LENGTHS, ids=IDS, key=KEY, params=PARAMS, **options):
@@ -254,8 +254,8 @@ def test_wrong_settings_are_refused(settings, message):
 
 def test_wrong_arguments_are_refused():
     with pytest.raises(UserError, match="stop_ids: found 40, expected ids below the vocabulary size 40"):
-        make_sampler(CFG, SamplingConfig(), stop_ids=(2, 40))
+        Sampler(CFG, SamplingConfig(), stop_ids=(2, 40))
     with pytest.raises(UserError, match="logprob_space: found 'raw', expected one of sampling, model"):
-        make_sampler(CFG, SamplingConfig(), stop_ids=(), logprob_space="raw")
+        Sampler(CFG, SamplingConfig(), stop_ids=(), logprob_space="raw")
     with pytest.raises(UserError, match="batch=3, which does not divide by dp=8"):
         sample(PROMPTS[:3], LENGTHS[:3], IDS[:3], mesh=make_mesh("8,1,1"))

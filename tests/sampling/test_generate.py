@@ -8,7 +8,7 @@ from easyrl.core.sharding import make_mesh
 from easyrl.hf.families import read_config
 from easyrl.hf.load import load_params
 from easyrl.sampling.decode import SamplingConfig
-from easyrl.steps.sampling import make_sampler
+from easyrl.steps.sampling import Sampler
 
 torch = pytest.importorskip("torch", reason="greedy decoding is measured against transformers on torch")
 transformers = pytest.importorskip("transformers", reason="greedy decoding is measured against transformers on torch")
@@ -20,7 +20,7 @@ def ours(directory, prompts, lengths, stop_ids, **settings):
     mesh = make_mesh("1,1,1", jax.devices()[:1])
     cfg = read_config(directory)
     params = load_params(directory, cfg, "lm", mesh, "float32")
-    sample = make_sampler(cfg, SamplingConfig(temperature=0.0, **settings), stop_ids=stop_ids, pad_id=PAD)
+    sample = Sampler(cfg, SamplingConfig(temperature=0.0, **settings), stop_ids=stop_ids, pad_id=PAD)
     return sample(params, prompts, lengths, jax.random.key(0), np.arange(len(prompts)))
 
 

@@ -10,7 +10,7 @@ from easyrl.models.families import param_specs
 from easyrl.sampling import decode, loops
 from easyrl.sampling.decode import SamplingConfig
 from easyrl.sampling.loops import Loop, cache_sizes, decode_loops, put_rows, take_rows, unfinished_first
-from easyrl.steps.sampling import make_sampler
+from easyrl.steps.sampling import Sampler
 from tests.tiny import draw_params, tiny_config
 
 CFG = tiny_config(num_heads=16, num_kv_heads=8)
@@ -25,7 +25,7 @@ STOPS = (5, 17, 30)
 def sample(mesh_dim):
     mesh = make_mesh(mesh_dim, jax.devices()[: np.prod([int(size) for size in mesh_dim.split(",")])])
     params = jax.device_put(PARAMS, shardings(param_specs(CFG, "lm"), mesh))
-    sampler = make_sampler(CFG, SETTINGS, stop_ids=STOPS, pad_id=PAD, mesh=mesh)
+    sampler = Sampler(CFG, SETTINGS, stop_ids=STOPS, pad_id=PAD, mesh=mesh)
     samples = jax.tree.map(np.asarray, sampler(params, PROMPTS, LENGTHS, jax.random.key(7), np.arange(16)))
     jax.effects_barrier()
     return samples

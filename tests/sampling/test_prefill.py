@@ -14,7 +14,7 @@ from easyrl.models.heads import lm_logits
 from easyrl.models.trunk import trunk
 from easyrl.sampling.decode import SamplingConfig
 from easyrl.sampling.prefill import prefill
-from easyrl.steps.sampling import make_sampler, plan_prompts
+from easyrl.steps.sampling import Sampler, plan_prompts
 from tests.tiny import draw_params, tiny_config
 
 P = 300
@@ -75,7 +75,7 @@ def test_a_batch_of_nothing_but_filler_is_empty():
 def test_samples_of_packed_prompts_have_the_log_probs_of_whole_sequences(mesh_dim):
     """Two to each prompt, of which none is the filler's."""
     (mesh, params), C, n = place(mesh_dim), 3, 2
-    sample = make_sampler(CFG, SamplingConfig(max_new_tokens=C), stop_ids=(), num_samples=n, mesh=mesh)
+    sample = Sampler(CFG, SamplingConfig(max_new_tokens=C), stop_ids=(), num_samples=n, mesh=mesh)
     out = jax.device_get(sample(params, PROMPTS, LENGTHS, jax.random.key(1), np.arange(8 * n)))
     np.testing.assert_array_equal(out.lengths_B, np.repeat(np.where(LENGTHS, C, 0), n))
 

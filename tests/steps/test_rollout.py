@@ -13,7 +13,7 @@ from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import Passes, PPOConfig, Rollout, make_finish, make_forward
 from easyrl.steps.rollout import SampledBatch, join_samples, lengths_of, minibatches, self_check
-from easyrl.steps.sampling import make_sampler
+from easyrl.steps.sampling import Sampler
 from tests.steps.conftest import everywhere, make_params
 
 B, P, C = 8, 6, 8
@@ -46,7 +46,7 @@ def parts_of(cfg, value_cfg, one_device):
     place = lambda lengths, packed: place_plans(pack(lengths, P + C, shapes, packed=packed), B, one_device)
 
     def build(temperature, reference_seed):
-        sample = make_sampler(cfg, SamplingConfig(max_new_tokens=C, temperature=temperature), stop_ids=STOP_IDS)
+        sample = Sampler(cfg, SamplingConfig(max_new_tokens=C, temperature=temperature), stop_ids=STOP_IDS)
         samples = sample(params, prompts, lengths, jax.random.key(3), np.arange(B))
         batch = join_samples(prompts, lengths, samples, pad_id=0)
         tokens, mask = everywhere((batch.tokens, batch.mask), one_device)

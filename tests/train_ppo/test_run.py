@@ -13,7 +13,7 @@ from easyrl.models.heads import scalar
 from easyrl.models.trunk import trunk
 from easyrl.runtime.jsonl import read_jsonl
 from easyrl.sampling.decode import SamplingConfig
-from easyrl.steps.sampling import make_sampler
+from easyrl.steps.sampling import Sampler
 from easyrl.train_ppo import Config
 from tests.offline import facts_of_card
 from tests.train_ppo.conftest import STOP_IDS, make_tokenizer
@@ -114,7 +114,7 @@ def test_the_export_continues_prompts_in_transformers_as_here(finished):
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     lengths = np.array([len(ids) for ids in encoded], np.int32)
     padded = np.array([ids + [0] * (lengths.max() - len(ids)) for ids in encoded], np.int32)
-    greedy = make_sampler(ours.cfg, SamplingConfig(max_new_tokens=12, temperature=0.0), stop_ids=ours.stop_ids)
+    greedy = Sampler(ours.cfg, SamplingConfig(max_new_tokens=12, temperature=0.0), stop_ids=ours.stop_ids)
     samples = greedy(ours.params, padded, lengths, jax.random.key(0), np.arange(2))
     answers = [row[:n] for row, n in zip(np.asarray(samples.tokens_BC), np.asarray(samples.lengths_B), strict=True)]
     assert tokenizer.batch_decode(answers, skip_special_tokens=True) == theirs
