@@ -297,7 +297,7 @@ def main(config: Config) -> None:
         expected = calls_ahead(
             forward, finish, {} if config.generate_only else updates, (state, frozen.reference),
             abstract_passes(policy.cfg, config, config.num_responses, max_length, mesh), size=config.mini_batch_size,
-            shapes=shapes, update_shapes=update_shapes, mesh=mesh, from_sampler=config.old_logprobs == "sampler",
+            shapes=shapes, update_shapes=update_shapes, mesh=mesh, from_sampler={config.old_logprobs == "sampler", False},
         )  # fmt: skip
         compile_programs([drawing, *expected, *(call for source in sources for call in source.calls())])
 
@@ -333,7 +333,7 @@ def main(config: Config) -> None:
 
         if not checked and scored.keep.any() and bool(fetch(rollout.finite)):  # of another nothing is learnt
             unpacked = pack(sampled.lengths, max_length, shapes, packed=False)
-            again = forward(*models, tokens, mask, place_plans(unpacked, len(tokens), mesh))
+            again = forward(*models, tokens, mask, place_plans(unpacked, len(tokens), mesh), sampler=None)
             same_start = step == 0 and reference_ref == config.load_checkpoint_policy
             self_check(sampled, rollout, passes, again, same_start=same_start, dtype=dtype, stop_ids=stop_ids)
             checked = True

@@ -106,7 +106,7 @@ def main(config: Config) -> None:
         expected = calls_ahead(
             forward, finish, {"update": update}, (state, reference),
             abstract_passes(cfg, PPO, num_samples, width, mesh), size=config.mini_batch_size,
-            shapes=shapes, update_shapes=update_shapes, mesh=mesh, from_sampler=config.old_logprobs == "sampler",
+            shapes=shapes, update_shapes=update_shapes, mesh=mesh, from_sampler={config.old_logprobs == "sampler"},
         )  # fmt: skip
         drawing = sample.call(state.policy.params, *_padded(batches[0], longest), jax.random.key(0), ids)
         compile_ahead([drawing, *expected, scorer.call()])

@@ -14,13 +14,12 @@ Array = jax.Array
 
 # The cache starts with room for the prompt and grows this many times at most, so that attention reads little more than
 # what is filled. Every size compiles the step once more, so short completions get fewer.
-MAX_CACHE_SIZES = 4
+MAX_CACHE_SIZES = 3
 MIN_GROWTH = 64
 SLOT_MULTIPLE = 64  # of all sizes but the last: a TPU handles other numbers of slots with copies
 
-# When no more than a quarter of the rows go on, no more than a quarter is decoded; and once more so.
+# When no more than a quarter of the rows go on, no more than a quarter is decoded.
 NARROWING = 4
-MOST_NARROWINGS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +39,14 @@ class Loop:
 
 
 def cache_sizes(prompt_size: int, max_new_tokens: int) -> list[int]:
-    """The sizes through which the cache grows: about equal shares of the completion, each on top of the prompt."""
-    num_sizes = min(MAX_CACHE_SIZES, -(-max_new_tokens // MIN_GROWTH))
+    """The sizes through which the cache grows: the prompt's with a quarter, half, and all of the completion.
+
+    Most of the steps are early ones where responses may end, so these read least.
+    """
     whole = prompt_size + max_new_tokens
-    shares = (prompt_size + max_new_tokens * (i + 1) / num_sizes for i in range(num_sizes))
-    return sorted({min(whole, math.ceil(size / SLOT_MULTIPLE) * SLOT_MULTIPLE) for size in shares})
+    halved = [max_new_tokens / 2**times for times in range(1, MAX_CACHE_SIZES)]
+    less = (prompt_size + share for share in halved if share >= MIN_GROWTH)
+    return sorted({whole, *(min(whole, math.ceil(size / SLOT_MULTIPLE) * SLOT_MULTIPLE) for size in less)})
 
 
 def decode_loops(rows: int, shards: int, prompt_size: int, max_new_tokens: int, *, may_end: bool) -> list[Loop]:
@@ -53,14 +55,10 @@ def decode_loops(rows: int, shards: int, prompt_size: int, max_new_tokens: int, 
     Rows become fewer on every device by itself, so nothing moves between them. Where no response can end early, or all
     are short, they stay as many.
     """
-    sizes, counts = cache_sizes(prompt_size, max_new_tokens), [rows // shards]
-    if may_end and max_new_tokens >= MIN_GROWTH:
-        for _ in range(MOST_NARROWINGS):
-            counts.append(-(-counts[-1] // NARROWING))
-    fewer = sorted(set(counts), reverse=True)[1:]
-    untils = [*fewer, 0]
-    wide = [Loop(rows, size, until=untils[0]) for size in sizes]
-    return wide + [Loop(shards * n, sizes[-1], until) for n, until in zip(fewer, untils[1:], strict=True)]
+    sizes, fewer = cache_sizes(prompt_size, max_new_tokens), -(-rows // shards // NARROWING)
+    if not may_end or max_new_tokens < MIN_GROWTH or fewer == rows // shards:
+        return [Loop(rows, size, until=0) for size in sizes]
+    return [*(Loop(rows, size, until=fewer) for size in sizes), Loop(shards * fewer, sizes[-1], until=0)]
 
 
 def most_unfinished(done_B: Array, shards: int) -> Array:

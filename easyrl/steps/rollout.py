@@ -101,13 +101,14 @@ def run_updates(
 
 def calls_ahead(
     forward: Callable, finish: Callable, updates: Mapping[str, Callable], models: tuple[PPOState, dict], passes: Passes,
-    *, size: int, shapes: Sequence[Shape], update_shapes: Sequence[Shape], mesh: Mesh, from_sampler: bool,
+    *, size: int, shapes: Sequence[Shape], update_shapes: Sequence[Shape], mesh: Mesh, from_sampler: set[bool],
 ) -> list[Call]:  # fmt: skip
     """The calls of a step on samples that are still to come, for compiling them beforehand: updates by name, passes,
     and what finishes the rollout.
 
     models are the state and the reference's weights. `passes`, of `abstract_passes`, says how many samples there will
-    be. With `from_sampler` the log-probs that were drawn are given to `forward`. The rest is as in `run_updates`.
+    be. from_sampler: whether `forward` is given the log-probs that were drawn; where it is called in both ways, both.
+    The rest is as in `run_updates`.
     """
     state, reference = models
     drawn, whole = passes.old_logprobs, replicated(mesh)
@@ -118,11 +119,13 @@ def calls_ahead(
     plans, some = abstract_plans(shapes, samples, mesh), abstract_plans(update_shapes, size, mesh)
     finishing = Call("finish", finish, (tokens, mask, passes, like((samples,), jnp.float32), state.kl_coef))
     rollout = abstract_rollout(finish, finishing.arguments, mesh).replace(hidden=passes.hidden)
-    return [
-        *(Call(name, update, (state, rollout, some, like((), jnp.bool_))) for name, update in updates.items()),
-        Call("passes", forward, (*weights, tokens, mask, plans), {"sampler": (drawn, drawn) if from_sampler else None}),
-        finishing,
-    ]
+    updating = (Call(name, update, (state, rollout, some, like((), jnp.bool_))) for name, update in updates.items())
+    passing = (
+        Call("passes but the policy's" if given else "passes", forward, (*weights, tokens, mask, plans),
+             {"sampler": (drawn, drawn) if given else None})
+        for given in sorted(from_sampler, reverse=True)
+    )  # fmt: skip
+    return [*updating, *passing, finishing]
 
 
 # Largest differences in log-prob that rounding explains, as (mean over tokens, maximum), by compute dtype.

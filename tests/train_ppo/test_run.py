@@ -6,15 +6,18 @@ import jax
 import numpy as np
 import pytest
 
+from easyrl import train_ppo
 from easyrl.core.command_line import load_config
 from easyrl.core.sharding import make_mesh
 from easyrl.hf.refs import load_model
 from easyrl.models.heads import scalar
 from easyrl.models.trunk import trunk
 from easyrl.runtime.jsonl import read_jsonl
+from easyrl.runtime.progress import compile_programs
 from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.sampling import Sampler
 from easyrl.train_ppo import Config
+from tests.lowered import names_of_lowered
 from tests.offline import facts_of_card
 from tests.train_ppo.conftest import STOP_IDS, make_tokenizer
 
@@ -86,6 +89,31 @@ def test_the_config_of_a_run_repeats_it(finished, run):
     for name in ("hf", "hf_value"):
         for tensor, weight in finished.weights(name).items():
             np.testing.assert_array_equal(again.weights(name)[tensor], weight, err_msg=tensor)
+
+
+OPTIONS = [
+    {},
+    {"num_devices": 8, "mesh_dim": "2,2,2", "num_layers_unfrozen": 1, "rollouts_per_prompt": 2, "kl_target": 4.0},
+    {"policy_freeze_epochs": 1.0, "old_logprobs": "sampler", "ppo_epochs": 1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["", "hydra", "freeze"])
+def test_all_programs_are_compiled_before_the_first_step(options, run, monkeypatch, capsys):
+    """Each once: what was compiled is what is called."""
+    ahead = []
+
+    def compile_all(calls):
+        compile_programs(calls)
+        ahead.extend(names)
+
+    monkeypatch.setattr(train_ppo, "compile_programs", compile_all)
+    with names_of_lowered() as names:
+        run(max_steps_per_epoch=1, num_epochs=2, **options)
+    programs = {f"jit({name})" for name in ("sample", "update", "forward", "finish", "score")}
+    assert programs <= set(ahead)
+    assert programs.isdisjoint(names[len(ahead) :])
+    assert "s; ready after seconds: " in capsys.readouterr().out
 
 
 def test_a_second_run_in_the_same_folder_keeps_what_the_first_has_written(finished, run, tmp_path):
