@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from easyrl import assets
+from easyrl.core.ahead import Call
 from easyrl.core.command_line import run
 from easyrl.core.config import flag, to_dict
 from easyrl.core.distributed import is_first, say
@@ -287,19 +288,24 @@ def main(config: Config) -> None:
     )  # fmt: skip
 
     sample_ids = np.arange(config.num_responses, dtype=np.int32)
-    if checkpoints.start < total_steps:
+
+    def expected() -> list[Call]:
+        """The calls of device programs that the steps to come will make."""
         some = prompts.batch(0)
-        drawing = sample.call(
-            join(frozen.bottom, state.policy.params), some.tokens, some.lengths, jax.random.key(0), sample_ids
-        )
+        params = join(frozen.bottom, state.policy.params)
+        drawing = sample.call(params, some.tokens, some.lengths, jax.random.key(0), sample_ids)
         updates = {"update of the value model": update_value} if checkpoints.start < frozen_steps else {}
         updates |= {"update": update_both} if frozen_steps < total_steps else {}
-        expected = calls_ahead(
-            forward, finish, {} if config.generate_only else updates, (state, frozen.reference),
-            abstract_passes(policy.cfg, config, config.num_responses, max_length, mesh), size=config.mini_batch_size,
-            shapes=shapes, update_shapes=update_shapes, mesh=mesh, from_sampler={config.old_logprobs == "sampler", False},
+        passes = abstract_passes(policy.cfg, config, config.num_responses, max_length, mesh)
+        learning = calls_ahead(
+            forward, finish, {} if config.generate_only else updates, (state, frozen.reference), passes,
+            size=config.mini_batch_size, shapes=shapes, update_shapes=update_shapes, mesh=mesh,
+            from_sampler={config.old_logprobs == "sampler", False},  # without for the check
         )  # fmt: skip
-        compile_programs([drawing, *expected, *(call for source in sources for call in source.calls())])
+        return [drawing, *learning, *(call for source in sources for call in source.calls())]
+
+    if checkpoints.start < total_steps:
+        compile_programs(expected())
 
     # ------------------------------------------------------------ one step
     moments, checked = Moments(), False
