@@ -131,6 +131,9 @@ def time_steps(
         jax.block_until_ready((state, metrics))
         needed = flops.sequences(batch.lengths, logits=batch.mask.sum() if lm_head else 0)
         needed -= flops.sequences(batch.alike)
-        return Work(config.batch_size, float(batch.lengths.sum()), 3 * needed, places=batch.packing.places)
+        packing = batch.packing
+        return Work(
+            config.batch_size, float(batch.lengths.sum()), 3 * needed, packed=packing.tokens, places=packing.places
+        )
 
     return run_laps(step, config.warmup, config.repeats, config.profile)

@@ -60,7 +60,7 @@ def figures(laps: list[Lap], config: ModelBenchConfig, compile_seconds: float) -
         "limits": limits,
     }
     if places := sum(lap.work.places for lap in counted):
-        found["padding_share"] = 1 - sum(lap.work.tokens for lap in counted) / places
+        found["padding_share"] = 1 - sum(lap.work.packed for lap in counted) / places
     if any(read):
         found["bandwidth_share"] = float(np.median(read)) / limits["bytes_per_second"]
     return found

@@ -122,14 +122,14 @@ import jax; assert not jax._src.xla_bridge._backends, "importing started a devic
 
 def test_figures_leave_the_warm_up_out():
     config = load_config(importlib.import_module("easyrl.bench.ppo").Config, ["--warmup=1"])
-    work = Work(samples=2, tokens=10, flops=4e9, places=20)
+    work = Work(samples=2, tokens=10, flops=4e9, packed=15, places=20)
     laps = [Lap(9.0, {"update": 9.0}, work), Lap(1.0, {"update": 0.5}, work), Lap(3.0, {"update": 1.5}, work)]
     found = figures(laps, config, compile_seconds=5.0)
     assert found["first_seconds"] == 9.0
     assert found["seconds"]["total"] == {"median": 2.0, "min": 1.0, "max": 3.0, "n": 2}
     assert found["seconds"]["update"]["median"] == 1.0
     assert found["tokens_per_second"] == 20 / 4 and found["samples_per_second"] == 4 / 4
-    assert found["padding_share"] == 0.5
+    assert found["padding_share"] == 0.25
 
 
 @pytest.mark.parametrize("kind", ["ppo", "limits"])
