@@ -19,8 +19,8 @@ COMPILE_EVENTS = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "back
 class Work:
     """What a lap worked on: samples (pairs, responses), real tokens, the operations that they need, bytes to be read.
 
-    `packed` are the tokens that lie in packed rows, what a pair begins with once, and `places` those that a pass over the
-    rows is as long as, padding included; 0: of no interest.
+    `packed` are the tokens that lie in packed rows, what a pair begins with once, and `places` those that a pass over
+    the rows is as long as, padding included; 0: of no interest.
     """
 
     samples: int
