@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from easyrl import plan
@@ -24,6 +25,18 @@ ARGUMENTS = {
     ),
     "train_dpo": (f"--load_checkpoint={MODEL}", "--train_dataset.seq_length=64", "--train_dataset.batch_size=8"),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def flags_that_libtpu_knows():
+    """It reads XLA_FLAGS, too, and where its version does not know one of the tests' flags it ends the process.
+
+    JAX has read them for the CPU by then.
+    """
+    jax.devices("cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS")
+        yield
 
 
 @pytest.fixture(scope="module", params=["v3:2x2", "v5e:2x4", "v5p:2x2x2"])
