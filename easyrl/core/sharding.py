@@ -7,6 +7,7 @@ logically; `RULES` is the only place where those names meet the mesh.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -184,6 +185,11 @@ class Shard:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of small things every device holds."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def stand_in(mesh: Mesh, dtype: Any, *shape: int) -> Any:
+    """For an array that every device holds, where a program is only traced or compiled."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.params import abstract
+from easyrl.core.sharding import stand_in
 from easyrl.data.packing import Shape, rounded_up
 from easyrl.hf.refs import find_config
 from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
-from easyrl.planning.phases import Phase, ScriptPlan, packed_loops, remat_share, trained, whole
+from easyrl.planning.phases import Phase, ScriptPlan, packed_loops, remat_share, trained
 from easyrl.planning.rollout import frozen_rewards, reward_phases, sampling_phase
 from easyrl.rewards.online import EACH
 from easyrl.runtime.run_config import compute_settings, find_shapes
@@ -49,8 +50,8 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
     head = "reward" if script == "train_rm" else "lm"
     model = trained(cfg, head, DTYPES[config.param_dtype], optimizer, mesh)
     resident = model.resident("model")
-    tokens, mask = whole(mesh, jnp.int32, B, T), whole(mesh, jnp.bool_, B, T)
-    numbers = lambda size: whole(mesh, jnp.float32, size)
+    tokens, mask = stand_in(mesh, jnp.int32, B, T), stand_in(mesh, jnp.bool_, B, T)
+    numbers = lambda size: stand_in(mesh, jnp.float32, size)
     flops, size = ForwardFlops(cfg), fill * T
     forward = B * flops.sequence(size, logits=size if head == "lm" else 0)
     phases: list[Phase] = []
@@ -64,11 +65,11 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
         program, batch = make_sft_step(cfg, optimizer, mesh), SFTBatch(tokens, mask, plans)
     elif script == "train_rm":
         program = make_reward_step(cfg, optimizer, mesh, config)
-        batch = RewardBatch(tokens, whole(mesh, jnp.int32, B), numbers(samples), plans)
+        batch = RewardBatch(tokens, stand_in(mesh, jnp.int32, B), numbers(samples), plans)
     else:
         program = (make_kto_step if unpaired else make_dpo_step)(cfg, optimizer, mesh, config)
         batch = AnswerBatch(tokens, mask, numbers(B), plans)
-        batch = KTOBatch(batch, batch, whole(mesh, jnp.bool_, B)) if unpaired else batch
+        batch = KTOBatch(batch, batch, stand_in(mesh, jnp.bool_, B)) if unpaired else batch
     passes = 3 * forward
     if script == "train_dpo":
         passes += forward if unpaired else 0  # the mismatched answers, without a gradient

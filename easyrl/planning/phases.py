@@ -11,7 +11,6 @@ import optax
 from jax.sharding import Mesh
 
 from easyrl.core.groups import GROUPS
-from easyrl.core.sharding import replicated
 from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.memory import device_bytes
@@ -89,11 +88,6 @@ def trained(
 ) -> Trained:
     """A model in training, or its part with these `layers`, as `steps.state.create_train_state` makes it."""
     return Trained(cfg, abstract_train_state(param_specs(cfg, head, layers), dtype, optimizer, mesh))
-
-
-def whole(mesh: Mesh, dtype, *shape: int) -> Any:
-    """An array that every device holds: a stand-in, where programs take arrays."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 
 
 def groups(most: int, rows: int, fill: float) -> int:

@@ -8,13 +8,14 @@ from jax.sharding import Mesh
 
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.params import abstract
+from easyrl.core.sharding import stand_in
 from easyrl.data.packing import Shape
 from easyrl.hf.refs import find_config
 from easyrl.models.branch import join, trained_layers
 from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
-from easyrl.planning.phases import Phase, ScriptPlan, packed_loops, remat_share, trained, whole
+from easyrl.planning.phases import Phase, ScriptPlan, packed_loops, remat_share, trained
 from easyrl.planning.rollout import frozen_rewards, reward_phases, reward_refs, sampling_phase
 from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.steps.optimizer import make_optimizer, make_schedule
@@ -58,7 +59,7 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     value = trained(value_cfg, "value", param_dtype, value_optimizer, mesh, part)
     ref_params = abstract(branch_specs(ref_cfg, "lm", config), dtype, mesh)
     bottom = abstract(param_specs(policy_cfg, "lm", shared), dtype, mesh) if shared else None
-    kl_coef = whole(mesh, jnp.float32)
+    kl_coef = stand_in(mesh, jnp.float32)
     state = PPOState(policy.state, value.state, kl_coef)
 
     rewards = reward_phases(config, B, T, mesh, fill)
@@ -75,13 +76,13 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     }
     below = ForwardFlops(dataclasses.replace(policy_cfg, num_layers=len(shared))) if shared else None
     length = fill * T
-    tokens, mask = whole(mesh, jnp.int32, B, T), whole(mesh, jnp.bool_, B, T)
+    tokens, mask = stand_in(mesh, jnp.int32, B, T), stand_in(mesh, jnp.bool_, B, T)
     # Of the shapes that groups may have, the one for the bulk.
     rows = find_shapes(config, mesh, T, sequences=B)[0].rows
     update_rows = find_shapes(config, mesh, T, sequences=config.mini_batch_size)[0].rows
     plan, passes_loops = abstract_plans([Shape(rows, T)], B, mesh), packed_loops(B, rows, T, fill)
     forward = make_forward(policy_cfg, ref_cfg, value_cfg, config, mesh)
-    drawn = whole(mesh, jnp.float32, B, T)
+    drawn = stand_in(mesh, jnp.float32, B, T)
     sampler = (drawn, drawn) if config.old_logprobs == "sampler" else None
     forward_arguments = (policy.state.params, ref_params, value.state.params, tokens, mask, plan, bottom, sampler)
     all_passes = B * (
@@ -94,7 +95,7 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
 
     finish = make_finish(config, mesh)
     passes = abstract_passes(policy_cfg, config, B, T, mesh)
-    finish_arguments = (tokens, mask, passes.replace(hidden=None), whole(mesh, jnp.float32, B), kl_coef)
+    finish_arguments = (tokens, mask, passes.replace(hidden=None), stand_in(mesh, jnp.float32, B), kl_coef)
     phases.append(Phase("finish", finish, finish_arguments, runs=1, loops={}, necessary=0.0))
 
     rollout = abstract_rollout(finish, finish_arguments, mesh).replace(hidden=passes.hidden)
@@ -107,7 +108,7 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
         Phase(
             "update",
             make_update(policy_cfg, value_cfg, config, policy_optimizer, value_optimizer, mesh),
-            (state, rollout, abstract_plans([Shape(update_rows, T)], M, mesh), whole(mesh, jnp.bool_), bottom),
+            (state, rollout, abstract_plans([Shape(update_rows, T)], M, mesh), stand_in(mesh, jnp.bool_), bottom),
             runs=config.ppo_epochs * B / M,
             loops=packed_loops(M, update_rows, T, fill),
             necessary=3 * sum(update_flops.values()),

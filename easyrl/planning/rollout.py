@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.groups import GROUPS
 from easyrl.core.params import abstract
-from easyrl.core.sharding import DECODE_RULES, check_batch, num_data_shards
+from easyrl.core.sharding import DECODE_RULES, check_batch, num_data_shards, stand_in
 from easyrl.data.packing import Shape
 from easyrl.data.tokenizer import parse_ids
 from easyrl.hf.refs import find_config
@@ -19,7 +19,7 @@ from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.memory import device_bytes, item_size
 from easyrl.planning.necessary import ForwardFlops
-from easyrl.planning.phases import Phase, groups, packed_loops, whole
+from easyrl.planning.phases import Phase, groups, packed_loops
 from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.sampling.decode import make_sampling
 from easyrl.sampling.loops import decode_loops
@@ -78,7 +78,7 @@ def reward_phases(config: Any, responses: int, length: int, mesh: Mesh, fill: fl
     """
     rows = find_shapes(config, mesh, length, sequences=responses)[0].rows
     compute = {**compute_settings(config), "remat": "none"}
-    tokens, plan = whole(mesh, jnp.int32, responses, length), abstract_plans([Shape(rows, length)], responses, mesh)
+    tokens, plan = stand_in(mesh, jnp.int32, responses, length), abstract_plans([Shape(rows, length)], responses, mesh)
     phases = []
     for number, ref in enumerate(reward_refs(config), 1):
         cfg = find_config(ref, compute=compute, flag="--load_checkpoint_reward")
@@ -87,7 +87,7 @@ def reward_phases(config: Any, responses: int, length: int, mesh: Mesh, fill: fl
             Phase(
                 f"reward {number}" if number > 1 else "reward",
                 make_scorer(cfg, mesh, None),
-                (params, tokens, whole(mesh, jnp.int32, responses), plan),
+                (params, tokens, stand_in(mesh, jnp.int32, responses), plan),
                 runs=1,
                 loops=packed_loops(responses, rows, length, fill),
                 necessary=responses * ForwardFlops(cfg).sequence(fill * length),

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyrl.core.groups import PackPlan, Plans, gather, over_groups
-from easyrl.core.sharding import put, replicated
+from easyrl.core.sharding import put, replicated, stand_in
 from easyrl.data.packing import Packing, Plan, Shape
 
 Array = jax.Array
@@ -45,12 +45,8 @@ def fill_plans(packing: Packing, sequences: int) -> Plans:
 
 def abstract_plans(shapes: Sequence[Shape], sequences: int, mesh: Mesh) -> Plans:
     """Stand-ins for the plans that `place_plans` makes of a batch packed into groups of these shapes."""
-
-    def whole(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
-
-    grids = (whole(-(-sequences // shape.rows), *shape) for shape in shapes)
-    return tuple(PackPlan(grid, grid, grid, whole()) for grid in grids)
+    grids = (stand_in(mesh, jnp.int32, -(-sequences // shape.rows), *shape) for shape in shapes)
+    return tuple(PackPlan(grid, grid, grid, stand_in(mesh, jnp.int32)) for grid in grids)
 
 
 def count_planned(plans: Plans, mask_BT: Array) -> Array:

@@ -30,7 +30,7 @@ from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.groups import PackPlan, Plans, gather, over_groups, scatter
 from easyrl.core.masking import Mean, all_finite, constant_mean, masked_sum, mean_of
-from easyrl.core.sharding import Shard, replicated, sharding_for
+from easyrl.core.sharding import Shard, replicated, sharding_for, stand_in
 from easyrl.models.branch import trained_layers, with_embeddings
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.models.heads import scalar
@@ -137,7 +137,7 @@ def branch_specs(cfg: ModelConfig, head: str, ppo: PPOConfig) -> dict:
 
 def abstract_passes(policy_cfg: ModelConfig, ppo: PPOConfig, samples: int, width: int, mesh: Mesh) -> Passes:
     """Stand-ins for what `forward` returns of `samples` samples of up to `width` tokens."""
-    numbers = jax.ShapeDtypeStruct((samples, width), jnp.float32, sharding=replicated(mesh))
+    numbers = stand_in(mesh, jnp.float32, samples, width)
     hidden = None
     if trained_layers(policy_cfg.num_layers, ppo.num_layers_unfrozen).start:
         shape = (samples, width, policy_cfg.width)
@@ -147,9 +147,7 @@ def abstract_passes(policy_cfg: ModelConfig, ppo: PPOConfig, samples: int, width
 
 def abstract_rollout(finish: Callable, arguments: tuple, mesh: Mesh) -> Rollout:
     """Stand-ins for the rollout that `finish` returns for these arguments."""
-    whole = replicated(mesh)
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
-    return jax.tree.map(like, jax.eval_shape(finish, *arguments)[0])
+    return jax.tree.map(lambda x: stand_in(mesh, x.dtype, *x.shape), jax.eval_shape(finish, *arguments)[0])
 
 
 class PPOState(flax.struct.PyTreeNode):

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 from easyrl.core.ahead import Call
 from easyrl.core.errors import UserError
 from easyrl.core.masking import Mean, add_metrics
-from easyrl.core.sharding import fetch, put, replicated
+from easyrl.core.sharding import fetch, put, replicated, stand_in
 from easyrl.data.packing import Shape, pack
 from easyrl.steps.packed import abstract_plans, place_plans
 from easyrl.steps.ppo import Passes, PPOState, Rollout, abstract_rollout
@@ -111,15 +110,14 @@ def calls_ahead(
     The rest is as in `run_updates`.
     """
     state, reference = models
-    drawn, whole = passes.old_logprobs, replicated(mesh)
-    samples = len(drawn)
-    like = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-    tokens, mask = like(drawn.shape, jnp.int32), like(drawn.shape, jnp.bool_)
+    drawn, samples = passes.old_logprobs, len(passes.old_logprobs)
+    tokens, mask = (stand_in(mesh, dtype, *drawn.shape) for dtype in (jnp.int32, jnp.bool_))
+    stopped, scores = stand_in(mesh, jnp.bool_), stand_in(mesh, jnp.float32, samples)
     weights = (state.policy.params, reference, state.value.params)
     plans, some = abstract_plans(shapes, samples, mesh), abstract_plans(update_shapes, size, mesh)
-    finishing = Call("finish", finish, (tokens, mask, passes, like((samples,), jnp.float32), state.kl_coef))
+    finishing = Call("finish", finish, (tokens, mask, passes, scores, state.kl_coef))
     rollout = abstract_rollout(finish, finishing.arguments, mesh).replace(hidden=passes.hidden)
-    updating = (Call(name, update, (state, rollout, some, like((), jnp.bool_))) for name, update in updates.items())
+    updating = (Call(name, update, (state, rollout, some, stopped)) for name, update in updates.items())
     passing = (
         Call("passes but the policy's" if given else "passes", forward, (*weights, tokens, mask, plans),
              {"sampler": (drawn, drawn) if given else None})
