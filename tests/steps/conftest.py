@@ -1,6 +1,7 @@
 """Small models and ragged batches for the tests of the steps."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from easyrl.core.groups import PackPlan, Plans
-from easyrl.core.params import abstract, init_params
+from easyrl.core.params import abstract, init_params, shardings
 from easyrl.core.sharding import make_mesh, put, replicated
 from easyrl.data.packing import Packing, Plan, Shape
 from easyrl.models.families import param_specs
@@ -98,8 +99,17 @@ def one_device():
     return make_mesh("1,1,1", jax.devices()[:1])
 
 
+@functools.cache
+def drawn(cfg, head, seed):
+    """Initial values on the host, where they are drawn once: no mesh changes them, and each compiles the draws anew."""
+    mesh = make_mesh("1,1,1", jax.devices()[:1])
+    return jax.device_get(init_params(param_specs(cfg, head), jax.random.key(seed), jnp.float32, mesh))
+
+
 def make_params(cfg, head, mesh, seed=0):
-    return init_params(param_specs(cfg, head), jax.random.key(seed), jnp.float32, mesh)
+    """Parameters of their own for every caller, who may give them away to a step."""
+    mine = jax.tree.map(np.copy, drawn(cfg, head, seed))
+    return jax.device_put(mine, shardings(param_specs(cfg, head), mesh))
 
 
 def everywhere(tree, mesh):
