@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
-# LLVM's optimisations would cost twice what they save, and programs cut up for more threads than a test has gain nothing;
-# without XLA's fusion emitters, which JAX 0.12 always uses, a program compiles in half the time.
+# LLVM's optimisations would cost twice what they save, and programs cut up for more threads than a test has gain
+# nothing; without XLA's fusion emitters, which JAX 0.12 always uses, a program compiles in half the time.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if version("jax").startswith("0.10."):
     QUICK += " --xla_cpu_use_fusion_emitters=false"
