@@ -46,20 +46,21 @@ def test_nothing_to_compile():
     assert compile_ahead([]) == {}
 
 
-def test_garbage_is_looked_for_as_often_as_before_once_all_is_traced():
+@pytest.mark.parametrize("often", [700, 0])
+def test_garbage_is_looked_for_as_often_as_before_once_all_is_traced(often):
     before, meanwhile = gc.get_threshold(), []
 
     def traced(x):
         meanwhile.append(gc.get_threshold())
         return x
 
-    gc.set_threshold(700, 10, 10)
+    gc.set_threshold(often, 10, 10)
     try:
         compile_ahead([Call("a", jax.jit(traced), (1.0,))])
         after = gc.get_threshold()
     finally:
         gc.set_threshold(*before)
-    assert meanwhile == [(100_000, 10, 10)] and after == (700, 10, 10)
+    assert meanwhile == [(100 * often, 10, 10)] and after == (often, 10, 10)
 
 
 def test_what_a_program_raises_is_raised():

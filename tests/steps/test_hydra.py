@@ -86,8 +86,8 @@ def run_iteration(cfg, ppo, mesh, ragged, models, bottom, transformation):
     state = PPOState(*states, everywhere(np.float32(ppo.kl_coef), mesh))
     update = make_update(cfg, cfg, ppo, transformation, transformation, mesh)
     stopped = everywhere(np.zeros((), bool), mesh)
-    for _ in range(UPDATES):
-        state, stopped, update_metrics = update(state, rollout, another, stopped, bottom)
+    for number in range(UPDATES):
+        state, stopped, update_metrics = update(state, rollout, another if number % 2 else plan, stopped, bottom)
     metrics |= update_metrics
     values = {name: float(metric.value) for name, metric in metrics.items() if "grad_norm" not in name}
     return jax.device_get((rollout.replace(hidden=None), values, state.policy.params, state.value.params))
