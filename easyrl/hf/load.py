@@ -5,9 +5,11 @@ and host memory holds one part of one parameter at a time.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,10 @@ from easyrl.models.families import ModelConfig, param_specs
 
 Tensors = Checkpoint | EasyLMCheckpoint
 
-STRIP = 8  # rows of a tensor that are copied at a time
 ALIGNED = 64  # bytes; the CPU backend takes an array that starts at a multiple of them without copying it
 THREADS = min(8, os.cpu_count() or 1)  # more than memory can feed are of no use
 SMALL = 1 << 18  # bytes; less than these is copied faster than threads are started
+TILE = (64, 1024)  # rows and columns of a tensor that are transposed at a time
 PROGRESS_BYTES = 1e9  # a smaller model loads before a bar would be of use
 
 
@@ -171,13 +173,42 @@ def _load_leaf(
 def _read_part(
     checkpoint: Tensors, tensor: HFTensor, shape: tuple[int, ...], part: Slices, dtype, lowest: int, trained: bool
 ) -> np.ndarray:
-    """One part of a parameter, its layers stacked, in our layout and `dtype`."""
+    """One part of a parameter, its layers stacked, in our layout and `dtype`.
+
+    Several threads fill it, each a layer or a run of our first axis, so that no two of them write into one page: who
+    comes first has it cleared by the system, and of two who come together both have.
+    """
     block = _empty([s.stop - s.start for s in part], np.dtype(dtype), trained)
-    if not tensor.layered:
-        _fill(block, checkpoint, tensor.name, tensor, shape, part)
+    layers = [(block, tensor.name)]
+    if tensor.layered:
+        names = (tensor.name.format(i=lowest + i) for i in range(part[0].start, part[0].stop))
+        layers, shape, part = list(zip(block, names, strict=True)), shape[1:], part[1:]
+    small = block.nbytes < SMALL
+    runs = 1 if small else -(-THREADS // len(layers))
+
+    def jobs() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        for layer, name in layers:
+            for theirs, ours in tensor.pieces(shape, part):
+                view: Any = (*ours, ...)  # of a single number too
+                into = layer[view]
+                read = tensor.to_ours(checkpoint.read(name, theirs), into.shape)
+                if runs == 1:
+                    yield name, into, read
+                else:
+                    parts = (np.array_split(x, runs) for x in (into, read))
+                    yield from ((name, *pair) for pair in zip(*parts, strict=True))
+
+    def fill(job: tuple[str, np.ndarray, np.ndarray]) -> None:
+        name, into, read = job
+        _copy(into, read)
+        checkpoint.release(name)
+
+    if small:
+        for job in jobs():
+            fill(job)
     else:
-        for row, i in zip(block, range(part[0].start, part[0].stop), strict=True):
-            _fill(row, checkpoint, tensor.name.format(i=lowest + i), tensor, shape[1:], part[1:])
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(fill, jobs()))
     return block
 
 
@@ -192,35 +223,33 @@ def _empty(shape: list[int], dtype: np.dtype, trained: bool) -> np.ndarray:
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _fill(
-    block: np.ndarray, checkpoint: Tensors, name: str, tensor: HFTensor, shape: tuple[int, ...], part: Slices
-) -> None:
-    """Reads `part` of one layer's parameter, which has this `shape`, into `block`."""
-    for theirs, ours in tensor.pieces(shape, part):
-        view: Any = (*ours, ...)  # of a single number too
-        wanted = block[view]
-        _copy(wanted, tensor.to_ours(checkpoint.read(name, theirs), wanted.shape))
-    checkpoint.release(name)
-
-
 def _copy(into: np.ndarray, view: np.ndarray) -> None:
-    """`into[...] = view` in several threads, each of which copies a run of the tensor's rows, a few at a time.
+    """`into[...] = view`, and where the numbers of a row of one are a column of the other, a tile at a time.
 
-    Of a transposed view numpy reads one number of each row in turn. The next numbers of those rows are still in the
-    processor's first cache only if the rows are few: their length is often a power of two, and then they all share one
-    place in it. Rows are cast before they are transposed, because numpy casts short runs of numbers slowly.
+    A tile goes through a buffer that stays in the processor's cache, by row into it and by column out of it. Its rows
+    are a little longer than the tile's: those of tensors are often a power of two long, and numbers so far apart share
+    one place in the cache. On the way into the buffer they are cast, because numpy casts short runs slowly.
     """
-    if into.nbytes < SMALL:
+    into, view = _merged(into, view)
+    along = min(range(view.ndim), key=lambda axis: view.strides[axis], default=0)
+    if view.ndim < 2 or along == view.ndim - 1:
         into[...] = view
         return
-    if view.strides[-1] != view.itemsize:
-        into, view = np.moveaxis(into, -1, 0), np.moveaxis(view, -1, 0)
-    run = -(-len(view) // THREADS)
+    into, view = np.moveaxis(into, along, -1), np.moveaxis(view, along, -1)
+    rows, columns = TILE
+    buffer = np.empty((rows, columns + ALIGNED // into.itemsize), into.dtype)
+    for place in np.ndindex(view.shape[:-2]):
+        for row, column in itertools.product(range(0, view.shape[-2], rows), range(0, view.shape[-1], columns)):
+            tile = (*place, slice(row, row + rows), slice(column, column + columns))
+            through = buffer[: view[tile].shape[0], : view[tile].shape[1]]
+            through[...] = view[tile]
+            into[tile] = through
 
-    def copy(start: int) -> None:
-        for at in range(start, min(start + run, len(view)), STRIP):
-            rows = slice(at, min(at + STRIP, start + run))
-            into[rows] = view[rows].astype(into.dtype, copy=False)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(copy, range(0, len(view), run)))
+def _merged(*arrays: np.ndarray) -> list[np.ndarray]:
+    """The arrays, of one shape, with axes made one that follow each other in the memory of all, as heads do."""
+    merged = list(arrays)
+    for axis in reversed(range(merged[0].ndim - 1)):
+        if all(x.strides[axis] == x.strides[axis + 1] * x.shape[axis + 1] for x in merged):
+            merged = [x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]) for x in merged]
+    return merged

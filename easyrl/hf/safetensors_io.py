@@ -1,6 +1,7 @@
 """Safetensors files: a checkpoint of one or many files read slice by slice, and written tensor by tensor."""
 
 import json
+import math
 import mmap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -89,12 +90,15 @@ class Checkpoint:
     def read(self, name: str, slices: Slices) -> np.ndarray:
         """One slice of a tensor, as a view of the file: its bytes are read as they are used."""
         file, shape, stored, start = self._tensors[name]
-        count = int(np.prod(shape, dtype=np.int64))
-        return np.frombuffer(self._bytes[file], NUMPY_NAMES[stored], count, start).reshape(shape)[slices]
+        return np.frombuffer(self._bytes[file], NUMPY_NAMES[stored], math.prod(shape), start).reshape(shape)[slices]
 
     def release(self, name: str) -> None:
-        """Give back the memory of what was read of a tensor's file, whose pages count as this process's until then."""
-        self._bytes[self.file(name)].madvise(mmap.MADV_DONTNEED)
+        """Give back the memory of what was read of a tensor, whose pages count as this process's until then."""
+        file, shape, stored, start = self._tensors[name]
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        end = start + math.prod(shape) * np.dtype(NUMPY_NAMES[stored]).itemsize
+        if end > start:
+            self._bytes[file].madvise(mmap.MADV_DONTNEED, page, end - page)
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
@@ -142,7 +146,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def plan_shards(infos: Iterable[TensorInfo], max_bytes: float) -> list[list[TensorInfo]]:
