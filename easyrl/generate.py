@@ -40,7 +40,7 @@ from easyrl.rewards.shaping import ScoreConfig
 from easyrl.runtime.partial import PartialFile
 from easyrl.runtime.progress import SECONDS_BETWEEN_LINES, short
 from easyrl.sampling import best_of_n
-from easyrl.sampling.decode import SamplingConfig
+from easyrl.sampling.decode import DecodingConfig, SamplingConfig
 from easyrl.steps.rollout import join_samples
 from easyrl.steps.sampling import Sampler
 
@@ -49,11 +49,11 @@ MOST_PROMPTS = 2**32 // MOST_SAMPLES
 # Tokens that prompts are padded to, or to twice, four times, ... as many, so that few programs are compiled.
 NARROWEST = 32
 # Flags that decide how and where a job computes and not what comes out.
-LAYOUT = ("prompts", "output", "batch_size", "mesh_dim", "jax_distributed")
+LAYOUT = ("prompts", "output", "batch_size", "decode_rows", "mesh_dim", "jax_distributed")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(SamplingConfig, ScoreConfig):
+class Config(SamplingConfig, DecodingConfig, ScoreConfig):
     """Answer the prompts of a file with a model, and keep the best of several answers if asked to."""
 
     load_checkpoint: str = flag(
@@ -147,6 +147,7 @@ def main(config: Config) -> None:
     from_first(lambda: check_writable(config.output, "--output"))
     mesh = make_mesh(config.mesh_dim)
     check_batch(config.batch_size, mesh, config.mesh_dim, "--batch_size")
+    check_batch(config.decode_rows, mesh, config.mesh_dim, "--decode_rows")
     shards = num_data_shards(mesh)
     dtype, sampling = DTYPES[config.dtype], config.sampling
     model = find_model(config.load_checkpoint, compute={"dtype": dtype})
@@ -173,7 +174,13 @@ def main(config: Config) -> None:
     params = load_weights(model, mesh, head="lm", dtype=dtype, seed=config.seed)
     sources = found.load(mesh, dtype=dtype, batch_size=size * config.each) if found else []
     sample = Sampler(
-        model.cfg, sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), num_samples=config.each, mesh=mesh
+        model.cfg,
+        sampling,
+        stop_ids=stop_ids,
+        pad_id=pad_id(tokenizer),
+        num_samples=config.each,
+        decode_rows=config.decode_rows,
+        mesh=mesh,
     )
     key = jax.random.key(config.seed)
     answers: PartialFile | None = None  # process 0 has it

@@ -264,7 +264,8 @@ def online_pairs(
     dtype = DTYPES[config.dtype]
     sample = Sampler(
         start.model.cfg, config.sampling, stop_ids=stop_ids_of(start.model, start.template, config.stop_ids),
-        pad_id=pad_id(start.tokenizer), logprob_space="model", num_samples=EACH, mesh=mesh,
+        pad_id=pad_id(start.tokenizer), logprob_space="model", num_samples=EACH,
+        decode_rows=config.decode_rows, mesh=mesh,
     )  # fmt: skip
     num_responses = EACH * config.train_dataset.batch_size
     judges = sources.load(mesh, dtype=dtype, batch_size=num_responses, rows=config.micro_batch_size)
@@ -283,6 +284,7 @@ def pair_shapes(config: Config, mesh: Mesh) -> tuple[Shape, ...]:
     """
     data = config.train_dataset
     check_batch(data.batch_size, mesh, config.mesh_dim)
+    check_batch(config.decode_rows, mesh, config.mesh_dim, "--decode_rows")
     _, longest = config.longest
     if data.row_length and data.row_length < longest:
         found = f"expected at least {longest}, a response with its prompt"

@@ -55,7 +55,7 @@ from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
 from easyrl.runtime.run_dir import make_run_dir
 from easyrl.runtime.trackers import start_trackers, tracker_hooks
 from easyrl.runtime.troubles import Troubles
-from easyrl.sampling.decode import SamplingConfig
+from easyrl.sampling.decode import DecodingConfig, SamplingConfig
 from easyrl.steps.optimizer import make_optimizer, make_schedule
 from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import (
@@ -73,7 +73,7 @@ from easyrl.steps.state import abstract_train_state, create_train_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(PPOConfig, RewardConfig, RunConfig):
+class Config(PPOConfig, RewardConfig, DecodingConfig, RunConfig):
     """Tune a language model with PPO against a reward, with a learnt value model.
 
     Without --config and --load_checkpoint_policy this runs the bundled quickstart.
@@ -166,6 +166,7 @@ def main(config: Config) -> None:
     # ------------------------------------------------------------ mesh, output
     mesh = make_mesh(config.mesh_dim)
     check_batch(config.train_dataset.batch_size, mesh, config.mesh_dim)
+    check_batch(config.decode_rows, mesh, config.mesh_dim, "--decode_rows")
     whole = replicated(mesh)
 
     # ------------------------------------------------------------ what there is: everything but the weights
@@ -272,7 +273,7 @@ def main(config: Config) -> None:
     # ------------------------------------------------------------ device programs
     sample = Sampler(
         policy.cfg, config.sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), logprob_space=config.logprob_space,
-        num_samples=config.rollouts_per_prompt, mesh=mesh,
+        num_samples=config.rollouts_per_prompt, decode_rows=config.decode_rows, mesh=mesh,
     )  # fmt: skip
     forward = functools.partial(make_forward(policy.cfg, reference.cfg, value.cfg, config, mesh), bottom=frozen.bottom)
     finish = make_finish(config, mesh)

@@ -75,6 +75,23 @@ def test_ppo_has_all_its_phases_and_they_add_up():
     assert largest < 128 * 384 * 4 / 2, "decoding moves whole weights for every token"
 
 
+def test_responses_that_wait_need_less_memory_and_as_many_operations():
+    flags = ("--script=train_ppo", "--mesh_dim=1,4,2", "--rollouts_per_prompt=4", "--max_continuation_len=96", *PPO[:3])
+    every, some = (
+        report_of(*flags, "--train_dataset.batch_size=16", "--mini_batch_size=8", f"--decode_rows={rows}").measured[0]
+        for rows in (0, 16)
+    )
+    assert some.phase.parts["cache"] / every.phase.parts["cache"] == pytest.approx(
+        (16 * 96 + 16 * (96 + 96)) / (64 * (96 + 96))
+    )
+    assert some.peak < every.peak
+    assert some.cost.flops == pytest.approx(every.cost.flops, rel=0.02)
+    decoding = [part for part in some.parts if part.name.startswith(("decode", "refills"))]
+    assert [part.name for part in decoding] == ["refills", "decode_4_rows_to_192"]
+    largest = max(c.payload for part in decoding for c in part.cost.collectives)
+    assert largest < 128 * 384 * 4 / 2, "keys and values move between devices"
+
+
 def test_ppo_with_a_shared_bottom():
     report = report_of(
         "--script=train_ppo", "--mesh_dim=1,4,2", "--num_layers_unfrozen=1", "--load_checkpoint_value=policy", *PPO

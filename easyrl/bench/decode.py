@@ -13,47 +13,57 @@ from easyrl.bench.config import ModelBenchConfig
 from easyrl.bench.measure import Work, run_laps
 from easyrl.bench.models import place_model
 from easyrl.bench.report import benchmark
-from easyrl.bench.workloads import w1_prompts
+from easyrl.bench.workloads import END, w1_prompts, w4_prompts
 from easyrl.core.config import flag
-from easyrl.core.sharding import fetch, make_mesh
+from easyrl.core.sharding import check_batch, fetch, make_mesh
 from easyrl.models.llama import LlamaConfig
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.runtime.metrics import PhaseTimer
-from easyrl.sampling.decode import SamplingConfig
+from easyrl.sampling.decode import DecodingConfig, SamplingConfig
 from easyrl.steps.sampling import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ModelBenchConfig):
-    """Time sampling of responses of a fixed length."""
+class Config(ModelBenchConfig, DecodingConfig):
+    """Time sampling of responses."""
 
     rows: int = flag(16, "Prompts, one response each.", least=1)
-    prompt_length: int = flag(128, "Tokens of a prompt.", least=1)
-    new_tokens: int = flag(128, "Tokens of a response.", least=1)
+    prompt_length: int = flag(128, "Tokens of a prompt; of real ones the most.", least=8)
+    new_tokens: int = flag(128, "Tokens of a response; of real ones the most.", least=1)
+    lengths: str = flag(
+        "fixed", "All as long as they may be, or as in w4 of `bench ppo`: log-normal prompts, responses that end with "
+        "probability 1 in 60 at every token.", choices=("fixed", "real"),
+    )  # fmt: skip
 
 
 def main(config: Config) -> None:
     mesh, cfg = make_mesh(config.mesh_dim), config.cfg
-    params = place_model(cfg, "lm", mesh, config.dtype)
-    prompts = np.stack(w1_prompts(1, cfg.vocab_size, config.rows, config.prompt_length)[0])
-    lengths = np.full(config.rows, config.prompt_length, np.int32)
+    check_batch(config.rows, mesh, config.mesh_dim, "--rows")
+    check_batch(config.decode_rows, mesh, config.mesh_dim, "--decode_rows")
+    real = config.lengths == "real"
+    params = place_model(cfg, "lm", mesh, config.dtype, ends=real)
+    draw = w4_prompts if real else w1_prompts
+    drawn = draw(1, cfg.vocab_size, config.rows, config.prompt_length)[0]
+    lengths = np.array([len(prompt) for prompt in drawn], np.int32)
+    prompts = np.stack([np.pad(prompt, (0, config.prompt_length - len(prompt))) for prompt in drawn])
     ids = np.arange(config.rows, dtype=np.int32)
 
     with benchmark(config, "decode") as laps:
         prefill, sample = (
-            Sampler(cfg, SamplingConfig(max_new_tokens=length), stop_ids=(), mesh=mesh)
+            Sampler(
+                cfg, SamplingConfig(max_new_tokens=length), stop_ids=(END,) if real else (),
+                decode_rows=config.decode_rows, mesh=mesh,
+            )
             for length in (1, config.new_tokens)
-        )
-        work = _work(config, cfg)
+        )  # fmt: skip
 
         def step(number: int, timer: PhaseTimer) -> Work:
             samples = sample(params, prompts, lengths, jax.random.key(number), ids)
-            assert int(fetch(samples.steps)) == config.new_tokens
-            return work
+            return _work(cfg, config.decode_rows or config.rows, lengths, fetch(samples.lengths_B))
 
         def first_token(number: int, timer: PhaseTimer) -> Work:
             jax.block_until_ready(prefill(params, prompts, lengths, jax.random.key(number), ids))
-            return work
+            return Work(config.rows, config.rows, 0)
 
         laps += run_laps(step, config.warmup, config.repeats, config.profile)
         # What prefill takes is measured by itself: one program does both.
@@ -61,12 +71,20 @@ def main(config: Config) -> None:
             lap.phases.update(prefill=first.seconds, decode=lap.seconds - first.seconds)
 
 
-def _work(config: Config, cfg: LlamaConfig) -> Work:
-    """Every step reads the layers' and the head's weights once, and the part of the cache that is filled."""
-    rows, P, C = config.rows, config.prompt_length, config.new_tokens
+def _work(cfg: LlamaConfig, rows: int, prompts: np.ndarray, responses: np.ndarray) -> Work:
+    """Every step of so many rows reads the layers' and the head's weights once, and what of the cache is filled.
+
+    There are as many steps as the responses need at least, the longest being one after another.
+    """
     itemsize = np.dtype(cfg.dtype).itemsize
     flops = ForwardFlops(cfg)
     weights = (flops.per_token + flops.head) // 2 * itemsize  # each is multiplied and added once for a token
     token_bytes = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_size * itemsize
-    cached = rows * sum(P + step for step in range(1, C))
-    return Work(rows, rows * C, rows * flops.sequence(P + C - 1, logits=C), C * weights + token_bytes * cached)
+    steps = max(int(responses.max()), -(-int(responses.sum()) // rows))
+    cached = sum(int(c - 1) * int(p) + int(c) * int(c - 1) // 2 for p, c in zip(prompts, responses, strict=True))
+    tokens = float(responses.sum())
+    return Work(
+        len(responses), tokens,
+        flops.sequences(prompts + responses - 1) + tokens * flops.head,
+        steps * weights + token_bytes * cached,
+    )  # fmt: skip

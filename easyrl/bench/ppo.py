@@ -20,14 +20,14 @@ from easyrl.bench.workloads import END, w1_prompts, w4_prompts
 from easyrl.core.ahead import compile_ahead
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
-from easyrl.core.sharding import make_mesh, put, replicated
+from easyrl.core.sharding import check_batch, make_mesh, put, replicated
 from easyrl.data.packing import pack
 from easyrl.models.families import param_specs
 from easyrl.models.llama import LlamaConfig
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.runtime.run_config import find_shapes
-from easyrl.sampling.decode import SamplingConfig
+from easyrl.sampling.decode import DecodingConfig, SamplingConfig
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import PPOConfig, PPOState, abstract_passes, make_finish, make_forward, make_update
@@ -40,7 +40,7 @@ PPO = PPOConfig(temperature=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ModelBenchConfig):
+class Config(ModelBenchConfig, DecodingConfig):
     """Time iterations of PPO with four models of one shape."""
 
     workload: str = flag(
@@ -76,6 +76,7 @@ def main(config: Config) -> None:
     if num_samples % config.mini_batch_size:
         size = f"--mini_batch_size={config.mini_batch_size}"
         raise UserError(f"{size}: expected a divisor of {num_samples}, the responses of an iteration")
+    check_batch(config.decode_rows, mesh, config.mesh_dim, "--decode_rows")
     shapes, update_shapes = (
         find_shapes(config, mesh, width, sequences=sequences) for sequences in (num_samples, config.mini_batch_size)
     )
@@ -94,7 +95,10 @@ def main(config: Config) -> None:
     with benchmark(config, "ppo") as laps:
         # ------------------------------------------------------------ device programs
         optimizer = make_optimizer(OptimizerConfig(clip_gradient=0.0), make_schedule("constant", config.lr, 1))
-        sample = Sampler(cfg, SamplingConfig(max_new_tokens=new_tokens), stop_ids=(END,) if real else (), mesh=mesh)
+        sample = Sampler(
+            cfg, SamplingConfig(max_new_tokens=new_tokens), stop_ids=(END,) if real else (),
+            decode_rows=config.decode_rows, mesh=mesh,
+        )  # fmt: skip
         forward, finish = make_forward(cfg, cfg, cfg, PPO, mesh), make_finish(PPO, mesh)
         update = make_update(cfg, cfg, PPO, optimizer, optimizer, mesh)
         state = PPOState(

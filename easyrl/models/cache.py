@@ -57,6 +57,18 @@ def grow_cache(cache: Cache, size: int) -> Cache:
     )
 
 
+def roll_cache(cache: Cache, index: Array) -> Cache:
+    """The same cache as a ring, turned so that its next free slot is `index`."""
+    turn = lambda x, axis: jnp.roll(x, index - cache.index, axis)
+    return Cache(
+        keys=tuple(turn(k, 2) for k in cache.keys),
+        values=tuple(turn(v, 2) for v in cache.values),
+        positions_BS=turn(cache.positions_BS, 1),
+        segment_ids_BS=turn(cache.segment_ids_BS, 1),
+        index=index,
+    )
+
+
 def repeat_rows(cache: Cache, times: int) -> Cache:
     """Every row `times` times, copies of a row next to each other."""
     if times == 1:

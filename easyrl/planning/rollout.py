@@ -1,5 +1,6 @@
 """The phases that trainers with responses of their own have in common: sampling, and what reward models say of it."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,8 @@ from easyrl.planning.necessary import ForwardFlops
 from easyrl.planning.phases import Phase, groups, packed_loops
 from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.sampling.decode import make_sampling
-from easyrl.sampling.loops import decode_loops
+from easyrl.sampling.loops import Loop, decode_loops
+from easyrl.sampling.refill import REFILLS, refilled_at_once
 from easyrl.steps.packed import abstract_plans
 from easyrl.steps.reward import make_scorer
 from easyrl.steps.sampling import prompt_shapes
@@ -37,33 +39,45 @@ def sampling_phase(
     check_batch(N, mesh, config.mesh_dim)
     sample = make_sampling(
         cfg, config.sampling, stop_ids=parse_ids(config.stop_ids, cfg.vocab_size, "--stop_ids") or (0,),
-        logprob_space=logprob_space, num_samples=each, mesh=mesh,
+        logprob_space=logprob_space, num_samples=each, decode_rows=config.decode_rows, mesh=mesh,
     )  # fmt: skip
     host = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     # Of the shapes that groups of prompts may have, the one for the bulk.
     rows = shards * prompt_shapes(N // shards, P)[0].rows
-    loops = decode_loops(B, shards, P, C, may_end=True)
-    # The first token comes from the prefill, so the last size sees one step less.
-    starts = [P, *(loop.size for loop in loops)]
-    trips = [
-        min(loop.size, P + C - 1) - start if loop.rows == B else 0 for start, loop in zip(starts, loops, strict=False)
-    ]
+    loops = decode_loops(B, shards, P, C, may_end=True, at_once=config.decode_rows)
     flops = ForwardFlops(cfg)
-    cache = 2 * cfg.num_layers * B * (P + C) * cfg.num_kv_heads * cfg.head_size * item_size(cfg.dtype)
+    some = loops[0].rows
+    slots = B * (P + C) if some == B else N * P + some * (P + C)
+    cache = 2 * cfg.num_layers * slots * cfg.num_kv_heads * cfg.head_size * item_size(cfg.dtype)
     return Phase(
         "sampling",
         sample,
         (params, host(N, P), host(N), abstract_plans([Shape(rows, P)], N, mesh), key, host(B)),
         runs=1,
-        loops={GROUPS: groups(N, rows, fill)}
-        | {loop.name: float(trips) for loop, trips in zip(loops, trips, strict=True)},
+        loops={GROUPS: groups(N, rows, fill)} | _decoding_trips(loops, B, shards, P, C),
         necessary=N * flops.sequence(fill * P) + B * flops.head + B * flops.decoding(fill * P, fill * (C - 1)),
         parts={
             "cache": cache / (shards * math.gcd(mesh.shape["mp"], cfg.num_kv_heads)),
             "decoding weights": device_bytes(abstract(param_specs(cfg, "lm"), cfg.dtype, mesh, DECODE_RULES)),
         },
     )
+
+
+def _decoding_trips(
+    loops: Sequence[Loop], responses: int, shards: int, prompt_size: int, size: int
+) -> dict[str, float]:
+    """How often the loops of decoding run when all responses are of this `size`.
+
+    The first token comes from the prefill, so there is a step less than there are tokens.
+    """
+    rows, fewer = loops[0].rows, {loop.name: 0.0 for loop in loops if loop.rows < loops[0].rows}
+    if rows < responses:
+        refills = -(-(responses - rows) // (shards * refilled_at_once(rows // shards))) + 1
+        return {loops[0].name: -(-responses // rows) * (size - 1) / refills, REFILLS: float(refills)} | fewer
+    sizes = [prompt_size, *(min(loop.size, prompt_size + size - 1) for loop in loops if loop.rows == rows)]
+    trips = (float(after - before) for before, after in itertools.pairwise(sizes))
+    return dict(zip((loop.name for loop in loops), trips, strict=False)) | fewer
 
 
 def reward_refs(config: Any) -> list[str]:

@@ -28,7 +28,7 @@ from easyrl.rewards.shaping import ScoreConfig
 from easyrl.rewards.sources import ResponseBatch, Source
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.sampling.best_of_n import rank_two
-from easyrl.sampling.decode import SamplingConfig
+from easyrl.sampling.decode import DecodingConfig, SamplingConfig
 from easyrl.steps.dpo import AnswerBatch, place_answers
 from easyrl.steps.reference import Logprobs
 from easyrl.steps.rollout import LOGPROB_TOLERANCE, SampledBatch, join_samples
@@ -37,7 +37,7 @@ EACH = 2  # responses to a prompt
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlineConfig(ScoreConfig):
+class OnlineConfig(ScoreConfig, DecodingConfig):
     """How pairs are drawn and judged. Inherited by the script's config, so the flags carry PPO's plain names."""
 
     online: bool = flag(

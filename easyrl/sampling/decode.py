@@ -21,7 +21,8 @@ from easyrl.models.heads import lm_logits, token_logprobs
 from easyrl.models.trunk import trunk, unstack_layers
 from easyrl.sampling.logits import choose, keep_top_k, keep_top_p, penalise_repetition, suppress
 from easyrl.sampling.loops import Loop, decode_loops, most_unfinished, put_rows, take_rows, unfinished_first
-from easyrl.sampling.prefill import prefill
+from easyrl.sampling.prefill import Prompts, prefill
+from easyrl.sampling.refill import REFILLS, Queue, fill_rows, put_back, refill
 
 Array = jax.Array
 
@@ -56,6 +57,16 @@ class SamplingConfig:
                 raise UserError(f"{name}: found {getattr(self, name)}, expected {what}")
 
 
+@dataclasses.dataclass(frozen=True)
+class DecodingConfig:
+    """How much is decoded at a time. Inherited by scripts that sample."""
+
+    decode_rows: int = flag(
+        0, "Responses decoded at once, by all devices together; others wait for one to end. Changes memory and speed, "
+        "no response. 0: all.", least=0, may_change=True,
+    )  # fmt: skip
+
+
 class Samples(flax.struct.PyTreeNode):
     """Responses, each row's tokens from the left."""
 
@@ -64,21 +75,27 @@ class Samples(flax.struct.PyTreeNode):
     logprobs_BC: Array  # float32; 0 after the response, as are entropies
     entropies_BC: Array  # of the distributions that log-probs are of
     ended_B: Array  # bool: the last token is a stop id, which the model sampled; False: cut at max_new_tokens
-    steps: Array  # int32: tokens drawn for the longest row, the loop's length
+    steps: Array  # int32: tokens drawn one after another, the loop's length; for the longest row if all begin at once
 
 
 class _Rows(flax.struct.PyTreeNode):
-    """The responses after `step` tokens, and what they are drawn from."""
+    """The responses so far, after `steps` rounds of drawing, and what they are drawn from."""
 
-    step: Array
+    steps: Array
     prompt_lengths_B: Array
     keys_B: Array
+    last_B: Array  # the token drawn last
     tokens_BC: Array
     logprobs_BC: Array
     entropies_BC: Array
     lengths_B: Array
-    done_B: Array
+    ended_B: Array  # the last token is a stop id
     seen_BV: Array | None  # tokens of the prompt and the response so far; None without a repetition penalty
+
+    @property
+    def over_B(self) -> Array:
+        """bool: the response has ended or is full, or the row only fills the batch."""
+        return self.ended_B | (self.lengths_B >= self.tokens_BC.shape[1]) | (self.prompt_lengths_B == 0)
 
 
 def sample_ids(prompt_ids: Array, num_samples: int) -> Array:
@@ -94,6 +111,7 @@ def make_sampling(
     pad_id: int = 0,
     logprob_space: str = "sampling",
     num_samples: int = 1,
+    decode_rows: int = 0,
     mesh: Mesh | None = None,
 ) -> Callable[..., Samples]:
     """The jitted `sample(params, prompts_BP, prompt_lengths_B, plans, key, sample_ids) -> Samples`.
@@ -101,10 +119,12 @@ def make_sampling(
     prompts int32 [B, P], right-padded with anything; prompt_lengths int32 [B], where 0 marks a row that only fills the
     batch and gets an empty response; plans say how the prompts are packed (`sampling.prefill`), and come from
     `steps.sampling`. With `num_samples` = n each prompt is prefilled once and gets n responses: sample_ids and all
-    results have B * n rows, a prompt's next to each other.
+    results have B * n rows, a prompt's next to each other. Where these are more than `decode_rows`, if any, that many
+    are decoded at once, and whenever some have ended others take their place.
 
     A row's response is a function of the weights, its prompt, `key` and its sample id: token t is drawn with
-    fold_in(fold_in(key, sample_id), t), so neither its neighbours nor the batch size, the padding or the mesh matter.
+    fold_in(fold_in(key, sample_id), t), so neither its neighbours nor the batch size, the padding or the mesh matter,
+    nor does whether it waits.
     `key` should encode the seed and the step. A response stops with the first of `stop_ids` that it samples, and holds
     no other; nothing is appended.
 
@@ -112,75 +132,109 @@ def make_sampling(
     logprob_space `sampling` and at 1 in `model`: in both before repetition penalty, suppressed ends, top-k and top-p,
     which a trainer's forward pass does not know of.
 
-    Raises UserError for a stop id outside the vocabulary, and for B that the mesh's dp x fsdp does not divide.
+    Raises UserError for a stop id outside the vocabulary, and for B or decode_rows that the mesh's dp x fsdp does not
+    divide.
     """
     if logprob_space not in LOGPROB_SPACES:
         raise UserError(f"logprob_space: found {logprob_space!r}, expected one of {', '.join(LOGPROB_SPACES)}")
     for stop_id in stop_ids:
         if not 0 <= stop_id < cfg.vocab_size:
             raise UserError(f"stop_ids: found {stop_id}, expected ids below the vocabulary size {cfg.vocab_size}")
+    shards = 1 if mesh is None else num_data_shards(mesh)
+    if decode_rows % shards or decode_rows < 0:
+        raise UserError(f"decode_rows: found {decode_rows}, expected 0 or a multiple of dp x fsdp = {shards}")
     C = sampling.max_new_tokens
     logprob_temperature = sampling.temperature if logprob_space == "sampling" else 1.0
     cfg = cfg.without_gradient
-    shard, shards = (None, 1) if mesh is None else (Shard(mesh), num_data_shards(mesh))
+    shard = None if mesh is None else Shard(mesh)
 
     def by_row(x: Array) -> Array:
         return x if shard is None else shard(x, "batch", *[None] * (x.ndim - 1))
 
     def draw(params: dict, hidden_BD: Array, rows: _Rows) -> _Rows:
         """The next token of every row that goes on."""
+        goes_on_B = ~rows.over_B
         logits_BV = lm_logits(params, cfg, hidden_BD)
-        tokens_B = next_tokens(sampling, logits_BV, rows.keys_B, rows.step, stop_ids, rows.seen_BV)
+        tokens_B = next_tokens(sampling, logits_BV, rows.keys_B, rows.lengths_B, stop_ids, rows.seen_BV)
         logprobs_B, entropies_B = token_logprobs(logits_BV, tokens_B, logprob_temperature)
-        tokens_B = jnp.where(rows.done_B, pad_id, tokens_B)
         seen_BV = rows.seen_BV
         if seen_BV is not None:
             seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), tokens_B].set(True)
-
-        def put(into_BC: Array, new_B: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(into_BC, new_B[:, None], rows.step, axis=1)
-
+        here_BC = (jnp.arange(C) == rows.lengths_B[:, None]) & goes_on_B[:, None]
+        put = lambda into_BC, new_B: jnp.where(here_BC, new_B[:, None], into_BC)
         return rows.replace(
-            step=rows.step + 1,
+            steps=rows.steps + 1,
+            last_B=tokens_B,
             tokens_BC=put(rows.tokens_BC, tokens_B),
-            logprobs_BC=put(rows.logprobs_BC, jnp.where(rows.done_B, 0.0, logprobs_B)),
-            entropies_BC=put(rows.entropies_BC, jnp.where(rows.done_B, 0.0, entropies_B)),
-            lengths_B=rows.lengths_B + ~rows.done_B,
-            done_B=rows.done_B | jnp.isin(tokens_B, jnp.asarray(stop_ids, jnp.int32)),
+            logprobs_BC=put(rows.logprobs_BC, logprobs_B),
+            entropies_BC=put(rows.entropies_BC, entropies_B),
+            lengths_B=rows.lengths_B + goes_on_B,
+            ended_B=rows.ended_B | (goes_on_B & jnp.isin(tokens_B, jnp.asarray(stop_ids, jnp.int32))),
             seen_BV=seen_BV,
         )
 
-    def run(loops: list[Loop], params: dict, cache: Cache, rows: _Rows) -> _Rows:
-        """The rows once all responses have ended or are full."""
+    def decode(params: dict, cache: Cache, rows: _Rows) -> tuple[Cache, _Rows]:
+        """The rows with one token more, through the next slot of their cache."""
+        hidden_B1D, filled = trunk(
+            params,
+            cfg,
+            rows.last_B[:, None],
+            (rows.prompt_lengths_B + rows.lengths_B - 1)[:, None],
+            (~rows.over_B)[:, None].astype(jnp.int32),
+            cache=cache,
+            shard=shard,
+        )
+        assert filled is not None
+        return filled, draw(params, hidden_B1D[:, 0], rows)
+
+    def decode_around(params: dict, cache: Cache, rows: _Rows) -> tuple[Cache, _Rows]:
+        """The same with a cache that is a ring: behind the last slot comes the first."""
+        cache, rows = decode(params, cache, rows)
+        return cache.replace(index=cache.index % cache.size), rows
+
+    def run(loops: list[Loop], step: Callable, params: dict, cache: Cache, rows: _Rows) -> _Rows:
+        """The rows once all responses have ended or are full; `step` decodes one token of each."""
+        if not loops:
+            return rows
         loop, *later = loops
+        if loop.rows < len(rows.lengths_B):
+            places_SN = unfinished_first(rows.over_B, shards, loop.rows)
+            some = run(loops, step, params, take_rows(cache, places_SN), take_rows(rows, places_SN))
+            return put_rows(rows, some, places_SN)
 
         def go_on(carry):
             cache, rows = carry
-            has_room = (cache.index < cache.size) & (rows.step < C)
-            return has_room & (most_unfinished(rows.done_B, shards) > loop.until)
-
-        def decode(carry):
-            cache, rows = carry
-            hidden_B1D, cache = trunk(
-                params,
-                cfg,
-                jax.lax.dynamic_slice_in_dim(rows.tokens_BC, rows.step - 1, 1, axis=1),
-                (rows.prompt_lengths_B + rows.step - 1)[:, None],
-                (~rows.done_B)[:, None].astype(jnp.int32),
-                cache=cache,
-                shard=shard,
-            )
-            return cache, draw(params, hidden_B1D[:, 0], rows)
+            return (cache.index < cache.size) & (most_unfinished(rows.over_B, shards) > loop.until)
 
         with jax.named_scope(loop.name):
-            cache, rows = jax.lax.while_loop(go_on, decode, (grow_cache(cache, loop.size), rows))
-        if not later:
-            return rows
-        if later[0].rows == loop.rows:
-            return run(later, params, cache, rows)
-        places_SN = unfinished_first(rows.done_B, shards, later[0].rows)
-        some = run(later, params, take_rows(cache, places_SN), take_rows(rows, places_SN))
-        return put_rows(rows, some, places_SN)
+            start = (grow_cache(cache, loop.size), rows)
+            cache, rows = jax.lax.while_loop(go_on, lambda carry: step(params, *carry), start)
+        return run(later, step, params, cache, rows)
+
+    def run_refilled(loops: list[Loop], params: dict, prompts: Prompts, every: _Rows) -> _Rows:
+        """All responses, `loops[0].rows` at once: the others wait for one of these to end (`sampling.refill`)."""
+        loop, *later = loops
+
+        def go_on(carry):
+            queue, _, rows, _ = carry
+            return jnp.any(queue.waits_S) | (most_unfinished(rows.over_B, shards) > loop.until)
+
+        def turn(carry):
+            queue, every, rows, cache = carry
+
+            def stay(carry):
+                _, rows = carry
+                return (most_unfinished(rows.over_B, shards) > loop.until) & ~queue.can_refill(rows.over_B)
+
+            with jax.named_scope(loop.name):
+                cache, rows = jax.lax.while_loop(stay, lambda carry: decode_around(params, *carry), (cache, rows))
+            return refill(queue, every, prompts, rows, cache)
+
+        queue = Queue.start(every.over_B, shards, loop.rows)
+        rows, cache = fill_rows(queue, every, prompts, loop.size)
+        with jax.named_scope(REFILLS):
+            queue, every, rows, cache = jax.lax.while_loop(go_on, turn, (queue, every, rows, cache))
+        return put_back(queue, every, run(later, decode_around, params, cache, rows))
 
     @jax.jit
     def sample(
@@ -189,35 +243,38 @@ def make_sampling(
         # Each prompt once, the head at its last token only.
         B, P = prompts_BP.shape
         prompts_BP, prompt_lengths_B = by_row(prompts_BP), by_row(prompt_lengths_B)
-        hidden_BD, cache = prefill(params, cfg, prompts_BP, prompt_lengths_B, plans, shards=shards, shard=shard)
+        hidden_BD, prompts = prefill(params, cfg, prompts_BP, prompt_lengths_B, plans, shards=shards, shard=shard)
         seen_BV = None
         if sampling.repetition_penalty != 1:
             is_prompt_BP = jnp.arange(P) < prompt_lengths_B[:, None]
             seen_BV = jnp.zeros((B, cfg.vocab_size), bool).at[jnp.arange(B)[:, None], prompts_BP].max(is_prompt_BP)
 
         # From here on a row is a sample.
-        cache = repeat_rows(cache, num_samples)
+        of_prompts = (prompt_lengths_B, hidden_BD, seen_BV)
         prompt_lengths_B, hidden_BD, seen_BV = jax.tree.map(
-            lambda x: by_row(jnp.repeat(x, num_samples, axis=0)), (prompt_lengths_B, hidden_BD, seen_BV)
+            lambda x: by_row(jnp.repeat(x, num_samples, axis=0)), of_prompts
         )
         B = B * num_samples
         decode_params = unstack_layers(params, cfg, None if mesh is None else Shard(mesh, DECODE_RULES))
         rows = _Rows(
-            step=jnp.zeros((), jnp.int32),
+            steps=jnp.zeros((), jnp.int32),
             prompt_lengths_B=prompt_lengths_B,
             keys_B=jax.vmap(jax.random.fold_in, (None, 0))(key, by_row(sample_ids)),
+            last_B=by_row(jnp.zeros(B, jnp.int32)),
             tokens_BC=by_row(jnp.full((B, C), pad_id, jnp.int32)),
             logprobs_BC=by_row(jnp.zeros((B, C), jnp.float32)),
             entropies_BC=by_row(jnp.zeros((B, C), jnp.float32)),
             lengths_B=by_row(jnp.zeros(B, jnp.int32)),
-            done_B=prompt_lengths_B == 0,
+            ended_B=by_row(jnp.zeros(B, bool)),
             seen_BV=seen_BV,
         )
         rows = draw(decode_params, hidden_BD, rows)
-        loops = decode_loops(B, shards, P, C, may_end=bool(stop_ids))
-        rows = run(loops, decode_params, cache, rows)
-        ended_B = rows.done_B & (rows.lengths_B > 0)
-        return Samples(rows.tokens_BC, rows.lengths_B, rows.logprobs_BC, rows.entropies_BC, ended_B, rows.step)
+        loops = decode_loops(B, shards, P, C, may_end=bool(stop_ids), at_once=decode_rows)
+        if loops[0].rows < B:
+            rows = run_refilled(loops, decode_params, prompts, rows)
+        else:
+            rows = run(loops, decode, decode_params, repeat_rows(prompts.cache(), num_samples), rows)
+        return Samples(rows.tokens_BC, rows.lengths_B, rows.logprobs_BC, rows.entropies_BC, rows.ended_B, rows.steps)
 
     return sample
 
@@ -226,15 +283,15 @@ def next_tokens(
     sampling: SamplingConfig,
     logits_BV: Array,
     row_keys_B: Array,
-    step: Array,
+    lengths_B: Array,
     stop_ids: tuple[int, ...],
     seen_BV: Array | None,
 ) -> Array:
-    """Token number `step` (from 0) of every row, int32 [B], filtered in the order of transformers' `generate`."""
+    """The token that follows so many of every row, int32 [B], filtered in the order of transformers' `generate`."""
     if seen_BV is not None:
         logits_BV = penalise_repetition(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.min_new_tokens > 0:
-        logits_BV = suppress(logits_BV, stop_ids, step < sampling.min_new_tokens)
+        logits_BV = suppress(logits_BV, stop_ids, lengths_B < sampling.min_new_tokens)
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / sampling.temperature
@@ -242,4 +299,4 @@ def next_tokens(
         logits_BV = keep_top_k(logits_BV, sampling.top_k)
     if sampling.top_p < 1:
         logits_BV = keep_top_p(logits_BV, sampling.top_p)
-    return choose(jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, step), logits_BV)
+    return choose(jax.vmap(jax.random.fold_in)(row_keys_B, lengths_B), logits_BV)

@@ -49,26 +49,32 @@ def cache_sizes(prompt_size: int, max_new_tokens: int) -> list[int]:
     return sorted({whole, *(min(whole, math.ceil(size / SLOT_MULTIPLE) * SLOT_MULTIPLE) for size in less)})
 
 
-def decode_loops(rows: int, shards: int, prompt_size: int, max_new_tokens: int, *, may_end: bool) -> list[Loop]:
+def decode_loops(
+    rows: int, shards: int, prompt_size: int, max_new_tokens: int, *, may_end: bool, at_once: int = 0
+) -> list[Loop]:
     """The loops for `rows` rows, split over `shards` devices, in the order in which they run.
 
     Rows become fewer on every device by itself, so nothing moves between them. Where no response can end early, or all
-    are short, they stay as many.
+    are short, they stay as many. If rows are more than `at_once`, and that is not 0, the first loop has that many, and
+    all slots from the start: `sampling.refill` lets the others wait.
     """
-    sizes, fewer = cache_sizes(prompt_size, max_new_tokens), -(-rows // shards // NARROWING)
+    sizes = cache_sizes(prompt_size, max_new_tokens)
+    if 0 < at_once < rows:
+        rows, sizes = at_once, sizes[-1:]
+    fewer = -(-rows // shards // NARROWING)
     if not may_end or max_new_tokens < MIN_GROWTH or fewer == rows // shards:
         return [Loop(rows, size, until=0) for size in sizes]
     return [*(Loop(rows, size, until=fewer) for size in sizes), Loop(shards * fewer, sizes[-1], until=0)]
 
 
-def most_unfinished(done_B: Array, shards: int) -> Array:
+def most_unfinished(over_B: Array, shards: int) -> Array:
     """How many rows go on, on the device where most do; int32 scalar."""
-    return jnp.max(jnp.sum(~done_B.reshape(shards, -1), axis=1))
+    return jnp.max(jnp.sum(~over_B.reshape(shards, -1), axis=1))
 
 
-def unfinished_first(done_B: Array, shards: int, rows: int) -> Array:
+def unfinished_first(over_B: Array, shards: int, rows: int) -> Array:
     """Places [shards, rows / shards] of rows within their device's, those that go on before the others."""
-    return jnp.argsort(done_B.reshape(shards, -1), axis=1, stable=True)[:, : rows // shards]
+    return jnp.argsort(over_B.reshape(shards, -1), axis=1, stable=True)[:, : rows // shards]
 
 
 def take_rows(tree, places_SN: Array):
@@ -85,12 +91,17 @@ def take_rows(tree, places_SN: Array):
 
 
 def put_rows(tree, some, places_SN: Array):
-    """`tree` with the rows of `some` put back where `take_rows` took them from; scalars are those of `some`."""
+    """`tree` with the rows of `some` put back where `take_rows` took them from; scalars are those of `some`.
+
+    A row whose place is behind a device's last is left out.
+    """
 
     def put(x: Array, new: Array) -> Array:
         if x.ndim == 0:
             return new
         parts, rows = (a.reshape(len(places_SN), -1, *a.shape[1:]) for a in (x, new))
-        return jax.vmap(lambda part, rows, places: part.at[places].set(rows))(parts, rows, places_SN).reshape(x.shape)
+        return jax.vmap(lambda part, rows, places: part.at[places].set(rows, mode="drop"))(
+            parts, rows, places_SN
+        ).reshape(x.shape)
 
     return jax.tree.map(put, tree, some)

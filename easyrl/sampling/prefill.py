@@ -22,14 +22,30 @@ from easyrl.models.trunk import trunk
 Array = jax.Array
 
 
-class _Filled(flax.struct.PyTreeNode):
-    """What there is of the prompts so far. What a token has of a layer's keys or values is in one piece, [K * H], which
+class Prompts(flax.struct.PyTreeNode):
+    """What the prompts leave behind. What a token has of a layer's keys or values is in one piece, [K * H], which
     goes from a packed row into its place as it is: with heads before tokens some compilers would turn the whole cache
     around for every group, and back.
     """
 
-    hidden_B1D: Array  # of last tokens
     kv_BPE: tuple[tuple[Array, ...], tuple[Array, ...]]  # keys and values of every layer, E = K * H
+    lengths_B: Array
+    num_kv_heads: int = flax.struct.field(pytree_node=False)
+
+    def cache(self) -> Cache:
+        """A cache with these P slots, all filled: what lies behind a prompt is padding."""
+        (B, P, _), K = self.kv_BPE[0][0].shape, self.num_kv_heads
+        keys, values = jax.tree.map(lambda x_BPE: x_BPE.reshape(B, P, K, -1).swapaxes(1, 2), self.kv_BPE)
+        positions_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
+        segment_ids_BP = (positions_BP < self.lengths_B[:, None]).astype(jnp.int32)
+        return Cache(keys, values, positions_BP, segment_ids_BP, jnp.int32(P))
+
+
+class _Filled(flax.struct.PyTreeNode):
+    """What there is of the prompts so far."""
+
+    hidden_B1D: Array  # of last tokens
+    kv_BPE: tuple[tuple[Array, ...], tuple[Array, ...]]  # as in Prompts
 
     def pin(self, shard: Callable) -> "_Filled":
         """The same, laid out as the cache of a mesh is."""
@@ -49,8 +65,8 @@ class _Filled(flax.struct.PyTreeNode):
 
 def prefill(
     params: dict, cfg: ModelConfig, prompts_BP: Array, lengths_B: Array, plans: Plans, *, shards: int, shard=None
-) -> tuple[Array, Cache]:
-    """(hidden [B, D] of every prompt's last token after the final norm, the cache with its P slots filled).
+) -> tuple[Array, Prompts]:
+    """(hidden [B, D] of every prompt's last token after the final norm, all prompts' keys and values).
 
     The batch and the rows of groups come in `shards` equal parts, one for each device that has its share of them, and
     a plan's `source` counts the tokens of its part from 0. A prompt of length 0 is in no plan; its hidden state and its
@@ -71,10 +87,7 @@ def prefill(
     slots = (jnp.zeros((B, P, K * H), cfg.dtype),) * cfg.num_layers
     nothing = _Filled(jnp.zeros((B, 1, cfg.width), cfg.dtype), (slots, slots)).pin(shard)
     filled = over_groups(plans, nothing, body)
-    keys, values = jax.tree.map(lambda x_BPE: x_BPE.reshape(B, P, K, H).swapaxes(1, 2), filled.kv_BPE)
-    positions_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
-    segment_ids_BP = (positions_BP < lengths_B[:, None]).astype(jnp.int32)
-    return filled.hidden_B1D[:, 0], Cache(keys, values, positions_BP, segment_ids_BP, jnp.int32(P))
+    return filled.hidden_B1D[:, 0], Prompts(filled.kv_BPE, lengths_B, K)
 
 
 def _by_part(function: Callable, shards: int) -> Callable:

@@ -1,7 +1,5 @@
 """The prefill: what packed prompts leave in the cache is what each leaves that is alone in its row."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -34,7 +32,12 @@ def prefilled(mesh_dim, lengths=LENGTHS):
     """(hidden, cache) by the prefill on these devices, and the compiled program."""
     mesh, params = place(mesh_dim)
     shards = num_data_shards(mesh)
-    run = jax.jit(functools.partial(prefill, cfg=CFG, shards=shards, shard=Shard(mesh)))
+
+    @jax.jit
+    def run(params, **prompts):
+        hidden, left = prefill(params, CFG, **prompts, shards=shards, shard=Shard(mesh))
+        return hidden, left.cache()
+
     arguments = {"prompts_BP": PROMPTS, "lengths_B": lengths, "plans": plan_prompts(lengths, P, shards)}
     return jax.device_get(run(params, **arguments)), run.lower(params, **arguments).compile().as_text()
 
