@@ -71,7 +71,7 @@ def test_layout_decides_nothing(answers):
     whole = answers(num_samples=3)
     assert [row["sample"] for row in whole] == [0, 1, 2] * 5
     assert len({row["response"] for row in whole}) > 10  # else agreement would mean little
-    assert answers(num_samples=3, batch_size=2) == whole
+    assert answers(num_samples=3, batch_size=2, decode_rows=4) == whole
     assert answers(num_samples=3, batch_size=8, mesh_dim="2,2,2", num_devices=8) == whole
     assert [row["response"] for row in answers()] == [row["response"] for row in whole[::3]]
     assert answers(num_samples=3, seed=1) != whole
@@ -204,6 +204,7 @@ def test_ties_are_dropped_and_counted(answers, capsys):
         ({"best_of": 2, "num_samples": 2}, "--num_samples=2: does not go with --best_of=2"),
         ({"make": "sft"}, "--make=sft: --best_of=0, expected 2 or more answers to choose from"),
         ({"batch_size": 3, "mesh_dim": "2,1,1"}, "--batch_size=3: does not divide by dp x fsdp = 2"),
+        ({"decode_rows": 3, "mesh_dim": "2,1,1"}, "--decode_rows=3: does not divide by dp x fsdp = 2"),
         ({"stop_ids": "104"}, "--stop_ids=104: expected ids from 0 to 103"),
         ({"missing_eos": "never"}, "--missing_eos=never: expected none, mask"),
         ({"best_of": 2, "reward_function": "generate_test_functions:wants_column"}, "needs the column 'solution'"),

@@ -240,6 +240,7 @@ def test_a_step_without_a_pair_changes_nothing(flags, folder, tmp_path):
         ({"train_dataset.row_length": 19}, "--train_dataset.row_length=19: expected at least 20"),
         ({"train_dataset.seq_length": 41}, "--train_dataset.seq_length + --max_continuation_len=49: the model of"),
         ({"train_dataset.batch_size": 3, "mesh_dim": "2,1,1"}, "--train_dataset.batch_size=3: does not divide by dp"),
+        ({"decode_rows": 3, "mesh_dim": "2,1,1"}, "--decode_rows=3: does not divide by dp x fsdp = 2"),
         ({"missing_eos": "never"}, "--missing_eos=never: expected none, mask"),
     ],
 )

@@ -1,5 +1,7 @@
 """Slot refill: whatever waits for a row of decoding, responses are those of all rows at once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +20,12 @@ from tests.tiny import draw_params, tiny_bloom, tiny_config, tiny_gpt2
 CFG = tiny_config(num_heads=4, num_kv_heads=2)
 PARAMS = draw_params(CFG)
 PAD = 39
-LENGTHS = np.array([3, 9, 1, 6, 9, 2, 0, 8, 4, 9, 7, 1, 5, 5, 2, 3])
+LENGTHS = (3, 9, 1, 6, 9, 2, 0, 8, 4, 9, 7, 1, 5, 5, 2, 3)
 PROMPTS = np.random.default_rng(0).integers(0, PAD, (16, 9)).astype(np.int32)
 STOPS = (5, 17, 30)
 
 
+@functools.cache
 def sample(
     mesh_dim="1,1,1", *, decode_rows=0, stop_ids=STOPS, num_samples=1, cfg=CFG, lengths=LENGTHS, tokens=48, **settings
 ):
@@ -31,7 +34,7 @@ def sample(
     settings = SamplingConfig(max_new_tokens=tokens, temperature=1.5, **settings)
     options = {"stop_ids": stop_ids, "num_samples": num_samples, "decode_rows": decode_rows}
     sampler = Sampler(cfg, settings, pad_id=PAD, mesh=mesh, **options)
-    samples = sampler(params, PROMPTS, lengths, jax.random.key(7), np.arange(16 * num_samples))
+    samples = sampler(params, PROMPTS, np.array(lengths), jax.random.key(7), np.arange(16 * num_samples))
     jax.effects_barrier()
     return jax.tree.map(np.asarray, samples)
 
@@ -61,11 +64,11 @@ def test_nor_on_any_mesh(mesh_dim, rows):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_samples": 3},
+        {"num_samples": 4},
         {"repetition_penalty": 1.3, "min_new_tokens": 5},
         {"stop_ids": (), "tokens": 7},
         {"tokens": 1},
-        {"lengths": np.array([9] * 2 + [0] * 14)},
+        {"lengths": (9,) * 2 + (0,) * 14},
         {"tokens": 80, "num_samples": 2},  # long enough for fewer rows at the end
     ],
     ids=str,
@@ -97,10 +100,9 @@ def test_rows_stand_still_for_few_steps(monkeypatch):
             jax.debug.callback(lambda: computed.append(cache.positions_BS.shape))
         return trunk(params, cfg, tokens, *rest, cache=cache, **options)
 
-    monkeypatch.setattr(decode, "trunk", watched)
     every = sample(num_samples=4)
+    monkeypatch.setattr(decode, "trunk", watched)
     needed = int(np.maximum(every.lengths_B - 1, 0).sum())  # the first token is the prefill's
-    computed.clear()
     some = sample(num_samples=4, decode_rows=8)
     assert set(computed) == {(8, 9 + 48)}
     assert len(computed) == some.steps - 1

@@ -35,8 +35,8 @@ def test_every_mesh_gives_the_same(mesh_dim, run, on_one_device):
     assert_same(run(num_devices=8, mesh_dim=mesh_dim, **ONE_STEP), on_one_device)
 
 
-def test_the_samplers_log_probs_give_the_same(run, on_one_device):
-    assert_same(run(old_logprobs="sampler", **ONE_STEP), on_one_device)
+def test_the_samplers_log_probs_give_the_same_whichever_responses_wait(run, on_one_device):
+    assert_same(run(old_logprobs="sampler", decode_rows=2, **ONE_STEP), on_one_device)
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 8])

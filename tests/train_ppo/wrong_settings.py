@@ -143,6 +143,10 @@ LAYOUT = {
         lambda b: {"mesh_dim": "2,2,2", "micro_batch_size": 6},
         "--micro_batch_size=6: expected a multiple of 4: dp x fsdp = 4 of --mesh_dim=2,2,2",
     ),
+    "decoded rows that do not divide": (
+        lambda b: {"mesh_dim": "2,2,2", "decode_rows": 6},
+        "--decode_rows=6: does not divide by dp x fsdp = 4 of --mesh_dim=2,2,2",
+    ),
     "heads that do not divide": (
         lambda b: {"mesh_dim": "1,1,8", "load_checkpoint_policy": b.other_model(num_heads=4, num_kv_heads=4)},
         "--load_checkpoint_policy: --mesh_dim: parameter layers/attn/k has kv_heads=4, which does not divide by mp=8",
