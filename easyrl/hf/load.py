@@ -186,21 +186,21 @@ def _read_part(
     small = block.nbytes < SMALL
     runs = 1 if small else -(-THREADS // len(layers))
 
-    def jobs() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    def jobs() -> Iterator[tuple[str, np.ndarray, Slices]]:
         for layer, name in layers:
-            for theirs, ours in tensor.pieces(shape, part):
-                view: Any = (*ours, ...)  # of a single number too
-                into = layer[view]
-                read = tensor.to_ours(checkpoint.read(name, theirs), into.shape)
-                if runs == 1:
-                    yield name, into, read
-                else:
-                    parts = (np.array_split(x, runs) for x in (into, read))
-                    yield from ((name, *pair) for pair in zip(*parts, strict=True))
+            if runs == 1:
+                yield name, layer, part
+                continue
+            run = -(-len(layer) // runs)
+            for start in range(0, len(layer), run):
+                end = min(start + run, len(layer))
+                yield name, layer[start:end], (slice(part[0].start + start, part[0].start + end), *part[1:])
 
-    def fill(job: tuple[str, np.ndarray, np.ndarray]) -> None:
-        name, into, read = job
-        _copy(into, read)
+    def fill(job: tuple[str, np.ndarray, Slices]) -> None:
+        name, into, wanted = job
+        for theirs, ours in tensor.pieces(shape, wanted):
+            view: Any = (*ours, ...)  # of a single number too
+            _copy(into[view], tensor.to_ours(checkpoint.read(name, theirs), into[view].shape))
         checkpoint.release(name)
 
     if small:
@@ -251,5 +251,7 @@ def _merged(*arrays: np.ndarray) -> list[np.ndarray]:
     merged = list(arrays)
     for axis in reversed(range(merged[0].ndim - 1)):
         if all(x.strides[axis] == x.strides[axis + 1] * x.shape[axis + 1] for x in merged):
-            merged = [x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]) for x in merged]
+            merged = [
+                x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :]) for x in merged
+            ]
     return merged

@@ -12,7 +12,7 @@ class Cache(flax.struct.PyTreeNode):
 
     Slots fill from the left, the same slot for every row; a slot that holds padding has segment 0 and is never attended
     to. So prompts of any mix of lengths are padded on the right, and the tokens generated after them follow in slots
-    P, P+1, ... with each row's own positions.
+    P, P+1, ... with each row's own positions; or, in a ring, around (`sampling.refill`).
 
     One buffer for each layer, because a stacked one would be sliced, and so copied, at every step. The layout
     [batch, heads, slots, size] keeps what one head reads contiguous.
@@ -22,7 +22,7 @@ class Cache(flax.struct.PyTreeNode):
     values: tuple[Array, ...]  # likewise
     positions_BS: Array
     segment_ids_BS: Array
-    index: Array  # int32 scalar: the next free slot
+    index: Array  # int32 scalar: the slot that is written next
 
     @property
     def size(self) -> int:

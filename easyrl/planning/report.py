@@ -218,7 +218,7 @@ def advice(report: Report) -> list[str]:
     advices = {
         "activations": "--remat=full, a smaller --micro_batch_size, or a larger mp in --mesh_dim.",
         "temporaries": "--remat=full, a smaller --micro_batch_size, or a larger mp in --mesh_dim.",
-        "cache": "a larger mp in --mesh_dim, or fewer responses in a step.",
+        "cache": "a larger mp in --mesh_dim, or fewer responses in a step or (--decode_rows) at once.",
         "decoding weights": "a larger mp in --mesh_dim: decoding keeps the model whole over fsdp.",
         "gradients": "more devices under fsdp or mp.",
     }

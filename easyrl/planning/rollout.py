@@ -24,7 +24,7 @@ from easyrl.planning.phases import Phase, groups, packed_loops
 from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.sampling.decode import make_sampling
 from easyrl.sampling.loops import Loop, decode_loops
-from easyrl.sampling.refill import REFILLS, refilled_at_once
+from easyrl.sampling.refill import REFILLS, num_refilled
 from easyrl.steps.packed import abstract_plans
 from easyrl.steps.reward import make_scorer
 from easyrl.steps.sampling import prompt_shapes
@@ -69,11 +69,12 @@ def _decoding_trips(
 ) -> dict[str, float]:
     """How often the loops of decoding run when all responses are of this `size`.
 
-    The first token comes from the prefill, so there is a step less than there are tokens.
+    The first token comes from the prefill, so there is a step less than there are tokens. Where responses wait, the
+    loop of steps is inside that of refills, and its trips are those for one of them.
     """
     rows, fewer = loops[0].rows, {loop.name: 0.0 for loop in loops if loop.rows < loops[0].rows}
     if rows < responses:
-        refills = -(-(responses - rows) // (shards * refilled_at_once(rows // shards))) + 1
+        refills = -(-(responses - rows) // (shards * num_refilled(rows // shards))) + 1
         return {loops[0].name: -(-responses // rows) * (size - 1) / refills, REFILLS: float(refills)} | fewer
     sizes = [prompt_size, *(min(loop.size, prompt_size + size - 1) for loop in loops if loop.rows == rows)]
     trips = (float(after - before) for before, after in itertools.pairwise(sizes))

@@ -12,6 +12,8 @@ from easyrl.core.sharding import make_mesh, num_data_shards
 from easyrl.planning.phases import Phase, ScriptPlan
 from easyrl.planning.report import Report
 from easyrl.planning.topology import GIB, Topology
+from easyrl.sampling.loops import DECODE
+from easyrl.sampling.refill import REFILLS
 
 COMPILED = 4  # candidates that are compiled
 # Residual streams that the backward pass keeps of a layer, about.
@@ -76,7 +78,7 @@ def _estimate(config: Any, plan: ScriptPlan, mesh: Mesh, topology: Topology) -> 
         kept = KEPT[config.remat] * layers * stream if phase.layers else 4 * stream
         inside = sum(phase.parts.values()) + kept + matrices / max(layers, 1)
         peak = max(peak, resident + inside)
-        groups = sum(phase.loops.values())
+        groups = _rounds(phase)
         passes = 3 if phase.layers else 1
         sent = groups * passes * (matrices + (4 * layers * stream if mp > 1 else 0)) if rows else 0.0
         read = groups * matrices
@@ -88,6 +90,13 @@ def _estimate(config: Any, plan: ScriptPlan, mesh: Mesh, topology: Topology) -> 
         rates = (busy / topology.flops, read / topology.memory_rate, sent / link)  # type: ignore[operator]
         seconds += phase.runs * max(rates)
     return peak, seconds
+
+
+def _rounds(phase: Phase) -> float:
+    """How often the loops of a phase run in all: steps of decoding are inside the loop of refills, if there is one."""
+    steps = sum(trips for name, trips in phase.loops.items() if name.startswith(DECODE))
+    others = sum(trips for name, trips in phase.loops.items() if not name.startswith(DECODE) and name != REFILLS)
+    return others + steps * phase.loops.get(REFILLS, 1.0)
 
 
 def _weights(phase: Phase) -> Any:

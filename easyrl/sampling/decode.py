@@ -22,7 +22,7 @@ from easyrl.models.trunk import trunk, unstack_layers
 from easyrl.sampling.logits import choose, keep_top_k, keep_top_p, penalise_repetition, suppress
 from easyrl.sampling.loops import Loop, decode_loops, most_unfinished, put_rows, take_rows, unfinished_first
 from easyrl.sampling.prefill import Prompts, prefill
-from easyrl.sampling.refill import REFILLS, Queue, fill_rows, put_back, refill
+from easyrl.sampling.refill import REFILLS, Queue, ring_of
 
 Array = jax.Array
 
@@ -62,8 +62,8 @@ class DecodingConfig:
     """How much is decoded at a time. Inherited by scripts that sample."""
 
     decode_rows: int = flag(
-        0, "Responses decoded at once, by all devices together; others wait for one to end. Changes memory and speed, "
-        "no response. 0: all.", least=0, may_change=True,
+        0, "Responses decoded at once, by all devices together; others wait for one to end. Changes memory and speed; "
+        "responses only as rounding does. 0: all.", least=0, may_change=True,
     )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ class Samples(flax.struct.PyTreeNode):
     logprobs_BC: Array  # float32; 0 after the response, as are entropies
     entropies_BC: Array  # of the distributions that log-probs are of
     ended_B: Array  # bool: the last token is a stop id, which the model sampled; False: cut at max_new_tokens
-    steps: Array  # int32: tokens drawn one after another, the loop's length; for the longest row if all begin at once
+    steps: Array  # int32: how often tokens were drawn, one for each row: for the longest row, if all begin at once
 
 
 class _Rows(flax.struct.PyTreeNode):
@@ -90,7 +90,8 @@ class _Rows(flax.struct.PyTreeNode):
     entropies_BC: Array
     lengths_B: Array
     ended_B: Array  # the last token is a stop id
-    seen_BV: Array | None  # tokens of the prompt and the response so far; None without a repetition penalty
+    # Tokens of the prompt and the response so far; None without a repetition penalty, and of what is not being decoded.
+    seen_BV: Array | None
 
     @property
     def over_B(self) -> Array:
@@ -192,6 +193,10 @@ def make_sampling(
         cache, rows = decode(params, cache, rows)
         return cache.replace(index=cache.index % cache.size), rows
 
+    def leave(rows: _Rows) -> _Rows:
+        """The rows of responses that are not decoded."""
+        return rows.replace(seen_BV=None)
+
     def run(loops: list[Loop], step: Callable, params: dict, cache: Cache, rows: _Rows) -> _Rows:
         """The rows once all responses have ended or are full; `step` decodes one token of each."""
         if not loops:
@@ -211,8 +216,11 @@ def make_sampling(
             cache, rows = jax.lax.while_loop(go_on, lambda carry: step(params, *carry), start)
         return run(later, step, params, cache, rows)
 
-    def run_refilled(loops: list[Loop], params: dict, prompts: Prompts, every: _Rows) -> _Rows:
-        """All responses, `loops[0].rows` at once: the others wait for one of these to end (`sampling.refill`)."""
+    def run_refilled(loops: list[Loop], params: dict, begin: Callable, prompts: Prompts, every: _Rows) -> _Rows:
+        """All responses, `loops[0].rows` at once: the others wait for one of these to end (`sampling.refill`).
+
+        `begin(every, places_SN)` are the rows of these responses with their first tokens.
+        """
         loop, *later = loops
 
         def go_on(carry):
@@ -228,13 +236,18 @@ def make_sampling(
 
             with jax.named_scope(loop.name):
                 cache, rows = jax.lax.while_loop(stay, lambda carry: decode_around(params, *carry), (cache, rows))
-            return refill(queue, every, prompts, rows, cache)
+            queue, refill = queue.refill(rows.over_B)
+            every = put_rows(every, leave(take_rows(rows, refill.rows_SG)), refill.left_SG)
+            rows = put_rows(rows, begin(every, refill.next_SG), refill.refilled_SG)
+            ring = ring_of(prompts, refill.next_SG // num_samples, loop.size, cache.index)
+            return queue, every, rows, put_rows(cache, ring, refill.refilled_SG)
 
         queue = Queue.start(every.over_B, shards, loop.rows)
-        rows, cache = fill_rows(queue, every, prompts, loop.size)
+        rows = begin(every, queue.held_SR)
+        cache = ring_of(prompts, queue.held_SR // num_samples, loop.size)
         with jax.named_scope(REFILLS):
             queue, every, rows, cache = jax.lax.while_loop(go_on, turn, (queue, every, rows, cache))
-        return put_back(queue, every, run(later, decode_around, params, cache, rows))
+        return put_rows(every, leave(run(later, decode_around, params, cache, rows)), queue.held_SR)
 
     @jax.jit
     def sample(
@@ -250,10 +263,9 @@ def make_sampling(
             seen_BV = jnp.zeros((B, cfg.vocab_size), bool).at[jnp.arange(B)[:, None], prompts_BP].max(is_prompt_BP)
 
         # From here on a row is a sample.
-        of_prompts = (prompt_lengths_B, hidden_BD, seen_BV)
-        prompt_lengths_B, hidden_BD, seen_BV = jax.tree.map(
-            lambda x: by_row(jnp.repeat(x, num_samples, axis=0)), of_prompts
-        )
+        of_prompts = (hidden_BD, seen_BV)
+        to_samples = lambda x: by_row(jnp.repeat(x, num_samples, axis=0))
+        prompt_lengths_B = to_samples(prompt_lengths_B)
         B = B * num_samples
         decode_params = unstack_layers(params, cfg, None if mesh is None else Shard(mesh, DECODE_RULES))
         rows = _Rows(
@@ -266,13 +278,19 @@ def make_sampling(
             entropies_BC=by_row(jnp.zeros((B, C), jnp.float32)),
             lengths_B=by_row(jnp.zeros(B, jnp.int32)),
             ended_B=by_row(jnp.zeros(B, bool)),
-            seen_BV=seen_BV,
+            seen_BV=None,
         )
-        rows = draw(decode_params, hidden_BD, rows)
+
+        def begin(every: _Rows, places_SN: Array) -> _Rows:
+            hidden_BD, seen_BV = take_rows(of_prompts, places_SN // num_samples)
+            return draw(decode_params, hidden_BD, take_rows(every, places_SN).replace(seen_BV=seen_BV))
+
         loops = decode_loops(B, shards, P, C, may_end=bool(stop_ids), at_once=decode_rows)
         if loops[0].rows < B:
-            rows = run_refilled(loops, decode_params, prompts, rows)
+            rows = run_refilled(loops, decode_params, begin, prompts, rows)
         else:
+            hidden_BD, seen_BV = jax.tree.map(to_samples, of_prompts)
+            rows = draw(decode_params, hidden_BD, rows.replace(seen_BV=seen_BV))
             rows = run(loops, decode, decode_params, repeat_rows(prompts.cache(), num_samples), rows)
         return Samples(rows.tokens_BC, rows.lengths_B, rows.logprobs_BC, rows.entropies_BC, rows.ended_B, rows.steps)
 

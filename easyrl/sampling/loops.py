@@ -21,6 +21,8 @@ SLOT_MULTIPLE = 64  # of all sizes but the last: a TPU handles other numbers of 
 # When no more than a quarter of the rows go on, no more than a quarter is decoded.
 NARROWING = 4
 
+DECODE = "decode_"  # what the scopes of the loops begin with
+
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
@@ -35,7 +37,7 @@ class Loop:
     @property
     def name(self) -> str:
         """The scope of the loop, by which programs can be told how often it runs."""
-        return f"decode_{self.rows}_rows_to_{self.size}"
+        return f"{DECODE}{self.rows}_rows_to_{self.size}"
 
 
 def cache_sizes(prompt_size: int, max_new_tokens: int) -> list[int]:

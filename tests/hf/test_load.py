@@ -69,8 +69,10 @@ class TestSharded:
         directory, mesh = folder(), make_mesh(mesh_dim, devices=jax.devices()[: 1 if mesh_dim == "1,1,1" else 8])
         whole = load(directory, mesh, dtype=wanted)
         monkeypatch.setattr("easyrl.hf.load.SMALL", 0)
-        monkeypatch.setattr("easyrl.hf.load.THREADS", 3)  # neither the rows nor the strips divide by it
-        assert_same(load(directory, mesh, dtype=wanted), whole)
+        for threads in (3, 64):  # neither the rows nor the layers divide by it; there are fewer rows than threads
+            monkeypatch.setattr("easyrl.hf.load.THREADS", threads)
+            monkeypatch.setattr("easyrl.hf.load.TILE", (5, 7))
+            assert_same(load(directory, mesh, dtype=wanted), whole)
 
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere parameters never stay in the host's memory")
     def test_what_will_be_trained_is_changed_in_place(self, folder, mesh):

@@ -65,6 +65,7 @@ def test_nor_on_any_mesh(mesh_dim, rows):
     "changes",
     [
         {"num_samples": 4},
+        {"num_samples": 4, "decode_rows": 16},  # two rows are refilled at once
         {"repetition_penalty": 1.3, "min_new_tokens": 5},
         {"stop_ids": (), "tokens": 7},
         {"tokens": 1},
@@ -74,7 +75,8 @@ def test_nor_on_any_mesh(mesh_dim, rows):
     ids=str,
 )
 def test_nor_with_any_settings(changes):
-    assert_same(sample(decode_rows=4, **changes), sample(**changes))
+    every = {name: value for name, value in changes.items() if name != "decode_rows"}
+    assert_same(sample(**{"decode_rows": 4} | changes), sample(**every))
 
 
 @pytest.mark.parametrize("cfg", [tiny_bloom(), tiny_gpt2()], ids=["bloom", "gpt2"])
@@ -103,21 +105,34 @@ def test_rows_stand_still_for_few_steps(monkeypatch):
     every = sample(num_samples=4)
     monkeypatch.setattr(decode, "trunk", watched)
     needed = int(np.maximum(every.lengths_B - 1, 0).sum())  # the first token is the prefill's
-    some = sample(num_samples=4, decode_rows=8)
+    sample(num_samples=4, decode_rows=8)
     assert set(computed) == {(8, 9 + 48)}
-    assert len(computed) == some.steps - 1
     # At the end, when nobody waits, rows do stand still: as long as the longest response at most.
     assert needed <= 8 * len(computed) <= needed + 8 * 48
 
 
-def test_a_queue_has_those_that_go_on_first():
-    over = jnp.array([True, False, False, False, True, True, True, False])
-    queue = Queue.start(over, 2, 4)
+def test_a_queue_leaves_out_what_only_fills_the_batch():
+    filler = jnp.array([True, False, False, False, True, True, True, False])
+    queue = Queue.start(filler, 2, 4)
     np.testing.assert_array_equal(queue.held_SR, [[1, 2], [3, 0]])
-    np.testing.assert_array_equal(queue.count_S, [3, 1])
     np.testing.assert_array_equal(queue.waits_S, [True, False])
     assert not queue.can_refill(jnp.array([False, False, False, True]))  # where a row is free, nobody waits
-    assert queue.can_refill(jnp.array([False, True, False, True]))
+    over = jnp.array([False, True, False, True])
+    assert queue.can_refill(over)
+    queue, refill = queue.refill(over)
+    np.testing.assert_array_equal(refill.rows_SG, [[1], [1]])
+    np.testing.assert_array_equal(refill.left_SG, [[2], [4]])  # 4: none
+    np.testing.assert_array_equal(refill.refilled_SG, [[1], [2]])  # 2: none
+    assert refill.next_SG[0, 0] == 3
+    np.testing.assert_array_equal(queue.held_SR, [[1, 3], [3, 0]])
+    assert not queue.waits_S.any() and not queue.can_refill(jnp.ones(4, bool))
+
+
+def test_devices_refill_once_an_eighth_of_their_rows_is_free_on_average():
+    queue = Queue.start(jnp.zeros(64, bool), 2, 32)
+    over = lambda *free: jnp.concatenate([jnp.arange(16) < n for n in free])
+    assert not queue.can_refill(over(2, 1)) and not queue.can_refill(over(0, 3))
+    assert queue.can_refill(over(2, 2)) and queue.can_refill(over(0, 4))
 
 
 def test_rows_that_the_devices_cannot_share_are_refused():
