@@ -74,13 +74,13 @@ def main(config: Config) -> None:
 def _work(cfg: LlamaConfig, rows: int, prompts: np.ndarray, responses: np.ndarray) -> Work:
     """Every step of so many rows reads the layers' and the head's weights once, and what of the cache is filled.
 
-    There are as many steps as the responses need at least, the longest being one after another.
+    The prefill gives first tokens. Of the others there are as many steps as the responses need at least.
     """
     itemsize = np.dtype(cfg.dtype).itemsize
     flops = ForwardFlops(cfg)
     weights = (flops.per_token + flops.head) // 2 * itemsize  # each is multiplied and added once for a token
     token_bytes = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_size * itemsize
-    steps = max(int(responses.max()), -(-int(responses.sum()) // rows))
+    steps = 1 + max(int(responses.max()) - 1, -(-int((responses - 1).sum()) // rows))
     cached = sum(int(c - 1) * int(p) + int(c) * int(c - 1) // 2 for p, c in zip(prompts, responses, strict=True))
     tokens = float(responses.sum())
     return Work(

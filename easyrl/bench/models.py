@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from easyrl.bench.shapes import SHAPES
 from easyrl.bench.workloads import make_weights
 from easyrl.core.dtypes import DTYPES
+from easyrl.core.errors import UserError
 from easyrl.core.params import init_params, shardings
 from easyrl.models.families import param_specs
 from easyrl.models.llama import LlamaConfig
@@ -17,10 +18,12 @@ COMPARED = "34m"  # the shape whose weights are the same in the comparison with 
 def place_model(cfg: LlamaConfig, head: str, mesh: Mesh, dtype: str, *, ends: bool = False, head_seed: int = 1) -> dict:
     """Random parameters of `param_specs(cfg, head)` on `mesh`; a small model's are those of `workloads.make_weights`.
 
-    A large model's are drawn on the devices, and its samples do not end (`ends` is for small ones).
+    A large model's are drawn on the devices, and its samples do not end: raises UserError where they are to.
     """
     specs = param_specs(cfg, head)
     if cfg.tied_embeddings or cfg.width > SHAPES[COMPARED].width:
+        if ends:
+            raise UserError(f"--model: only models up to {COMPARED} sample responses of real lengths")
         return init_params(specs, jax.random.key(head_seed), DTYPES[dtype], mesh)
     weights = make_weights(cfg, head, ends=ends, head_seed=head_seed)
     place = lambda array, sharding: jax.device_put(jnp.asarray(array, DTYPES[dtype]), sharding)

@@ -20,7 +20,15 @@ from easyrl.models.families import ModelConfig
 from easyrl.models.heads import lm_logits, token_logprobs
 from easyrl.models.trunk import trunk, unstack_layers
 from easyrl.sampling.logits import choose, keep_top_k, keep_top_p, penalise_repetition, suppress
-from easyrl.sampling.loops import Loop, decode_loops, most_unfinished, put_rows, take_rows, unfinished_first
+from easyrl.sampling.loops import (
+    Loop,
+    decode_loops,
+    most_unfinished,
+    overwrite_rows,
+    put_rows,
+    take_rows,
+    unfinished_first,
+)
 from easyrl.sampling.prefill import Prompts, prefill
 from easyrl.sampling.refill import REFILLS, Queue, ring_of
 
@@ -240,7 +248,7 @@ def make_sampling(
             every = put_rows(every, leave(take_rows(rows, refill.rows_SG)), refill.left_SG)
             rows = put_rows(rows, begin(every, refill.next_SG), refill.refilled_SG)
             ring = ring_of(prompts, refill.next_SG // num_samples, loop.size, cache.index)
-            return queue, every, rows, put_rows(cache, ring, refill.refilled_SG)
+            return queue, every, rows, overwrite_rows(cache, ring, refill.refilled_SG)
 
         queue = Queue.start(every.over_B, shards, loop.rows)
         rows = begin(every, queue.held_SR)

@@ -36,12 +36,14 @@ def quick_limits(monkeypatch):
     monkeypatch.setattr("easyrl.bench.load.measure_limits", lambda dtype: limits)
 
 
-@pytest.mark.parametrize("kind", SIZES)
-def test_a_benchmark_writes_its_figures(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "more"), [*((kind, []) for kind in SIZES), ("decode", ["--lengths=real", "--decode_rows=1"])]
+)
+def test_a_benchmark_writes_its_figures(kind, more, tmp_path, monkeypatch):
     module = importlib.import_module(f"easyrl.bench.{kind}")
     # One of the virtual devices, as a user's machine has one.
     monkeypatch.setattr("jax.devices", lambda *_: jax.local_devices()[:1])
-    module.main(load_config(module.Config, [*SMALL, *SIZES[kind], f"--json={tmp_path / 'figures.json'}"]))
+    module.main(load_config(module.Config, [*SMALL, *SIZES[kind], *more, f"--json={tmp_path / 'figures.json'}"]))
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["benchmark"] == kind
     assert found["seconds"]["total"]["median"] > 0
@@ -64,6 +66,7 @@ def test_rows_that_devices_cannot_share_are_one_line(kind):
     [
         ("dpo", ["--batch_size=65"], "--batch_size=65: --workload=w2 has 64 samples, expected at most as many"),
         ("dpo", ["--json=/dev/null/figures.json"], "--json=/dev/null/figures.json: cannot be written"),
+        ("decode", ["--model=1b", "--lengths=real"], "--model: only models up to 34m sample responses of real lengths"),
         ("ppo", ["--mini_batch_size=5"], "--mini_batch_size=5: expected a divisor of 16"),
     ],
 )

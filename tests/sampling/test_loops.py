@@ -9,7 +9,15 @@ from easyrl.core.sharding import make_mesh
 from easyrl.models.families import param_specs
 from easyrl.sampling import decode, loops
 from easyrl.sampling.decode import SamplingConfig
-from easyrl.sampling.loops import Loop, cache_sizes, decode_loops, put_rows, take_rows, unfinished_first
+from easyrl.sampling.loops import (
+    Loop,
+    cache_sizes,
+    decode_loops,
+    overwrite_rows,
+    put_rows,
+    take_rows,
+    unfinished_first,
+)
 from easyrl.steps.sampling import Sampler
 from tests.tiny import draw_params, tiny_config
 
@@ -57,17 +65,32 @@ def test_one_row_a_device_few_tokens_and_fixed_lengths_stay_as_they_are(rows, to
     assert decode_loops(rows, 8, 100, tokens, may_end=may_end) == [Loop(rows, 100 + tokens, until=0)]
 
 
-def test_rows_are_taken_from_every_device_and_put_back():
+TREE = {"rows": np.arange(16).reshape(8, 2), "step": np.int32(5)}
+
+
+def test_rows_are_taken_from_every_device():
     done = np.array([True, False, True, False, False, True, True, True])
-    tree = {"rows": np.arange(16).reshape(8, 2), "step": np.int32(5)}
     places = unfinished_first(done, 2, 4)
     np.testing.assert_array_equal(places, [[1, 3], [0, 1]])
-    some = take_rows(tree, places)
-    np.testing.assert_array_equal(some["rows"], tree["rows"][[1, 3, 4, 5]])
-    back = put_rows(tree, {"rows": -some["rows"], "step": np.int32(9)}, places)
-    np.testing.assert_array_equal(
-        back["rows"], np.where(np.isin(np.arange(8), [1, 3, 4, 5])[:, None], -1, 1) * tree["rows"]
-    )
+    some = take_rows(TREE, places)
+    np.testing.assert_array_equal(some["rows"], TREE["rows"][[1, 3, 4, 5]])
+    assert some["step"] == 5
+
+
+@pytest.mark.parametrize("put", [put_rows, overwrite_rows])
+@pytest.mark.parametrize(
+    ("places", "sources"),
+    [
+        ([[1, 3], [0, 1]], {1: 0, 3: 1, 4: 2, 5: 3}),
+        ([[4, 3], [0, 4]], {3: 1, 4: 2}),  # behind a device's last row there is none
+    ],
+)
+def test_rows_are_put_back(put, places, sources):
+    some = {"rows": -np.arange(8).reshape(4, 2), "step": np.int32(9)}
+    expected = TREE["rows"].copy()
+    expected[list(sources)] = some["rows"][list(sources.values())]
+    back = put(TREE, some, np.array(places))
+    np.testing.assert_array_equal(back["rows"], expected)
     assert back["step"] == 9
 
 
