@@ -13,6 +13,7 @@ from easyrl.core.params import num_params
 from easyrl.core.sharding import make_mesh
 from easyrl.hf.refs import find_config
 from easyrl.models.families import param_specs
+from easyrl.planning.measure import measure
 from easyrl.planning.memory import device_bytes
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.planning.topology import parse_topology
@@ -76,11 +77,16 @@ def test_ppo_has_all_its_phases_and_they_add_up():
 
 
 def test_responses_that_wait_need_less_memory_and_as_many_operations():
-    flags = ("--script=train_ppo", "--mesh_dim=1,4,2", "--rollouts_per_prompt=4", "--max_continuation_len=96", *PPO[:3])
-    every, some = (
-        report_of(*flags, "--train_dataset.batch_size=16", "--mini_batch_size=8", f"--decode_rows={rows}").measured[0]
-        for rows in (0, 16)
-    )
+    def sampling(decode_rows):
+        request = plan.parse([
+            "--script=train_ppo", "--mesh_dim=1,4,2", "--rollouts_per_prompt=4", f"--decode_rows={decode_rows}", *PPO,
+            "--max_continuation_len=96",
+        ])  # fmt: skip
+        mesh = make_mesh(request.script.mesh_dim)
+        phase = plan.script_plan("train_ppo", request.script, mesh, request.config.fill).phases[0]
+        return measure(phase, 0, mesh, parse_topology("cpu:8"))
+
+    every, some = sampling(0), sampling(16)
     assert some.phase.parts["cache"] / every.phase.parts["cache"] == pytest.approx(
         (16 * 96 + 16 * (96 + 96)) / (64 * (96 + 96))
     )

@@ -64,7 +64,6 @@ def test_nor_on_any_mesh(mesh_dim, rows):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_samples": 4},
         {"num_samples": 4, "decode_rows": 16},  # two rows are refilled at once
         {"repetition_penalty": 1.3, "min_new_tokens": 5},
         {"stop_ids": (), "tokens": 7},
