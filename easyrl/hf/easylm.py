@@ -139,6 +139,10 @@ class EasyLMCheckpoint:
             part = heads.swapaxes(1, 2).reshape(part.shape)
         return part
 
+    def is_whole(self, name: str) -> bool:
+        """Whether the file has a tensor in one piece, so that a part of it can be read without the rest."""
+        return not self._tensors[name].pieces
+
     def release(self, name: str) -> None:
         """Give back the memory of what was read of a tensor's file, whose pages count as this process's until then."""
         self._bytes.madvise(mmap.MADV_DONTNEED)

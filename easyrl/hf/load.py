@@ -184,7 +184,7 @@ def _read_part(
         names = (tensor.name.format(i=lowest + i) for i in range(part[0].start, part[0].stop))
         layers, shape, part = list(zip(block, names, strict=True)), shape[1:], part[1:]
     small = block.nbytes < SMALL
-    runs = 1 if small else -(-THREADS // len(layers))
+    runs = 1 if small or not checkpoint.is_whole(layers[0][1]) else -(-THREADS // len(layers))
 
     def jobs() -> Iterator[tuple[str, np.ndarray, Slices]]:
         for layer, name in layers:

@@ -92,6 +92,10 @@ class Checkpoint:
         file, shape, stored, start = self._tensors[name]
         return np.frombuffer(self._bytes[file], NUMPY_NAMES[stored], math.prod(shape), start).reshape(shape)[slices]
 
+    def is_whole(self, name: str) -> bool:
+        """Whether the file has a tensor in one piece, so that a part of it can be read without the rest: always."""
+        return True
+
     def release(self, name: str) -> None:
         """Give back the memory of what was read of a tensor, whose pages count as this process's until then."""
         file, shape, stored, start = self._tensors[name]
