@@ -174,14 +174,9 @@ def main(config: Config) -> None:
     params = load_weights(model, mesh, head="lm", dtype=dtype, seed=config.seed)
     sources = found.load(mesh, dtype=dtype, batch_size=size * config.each) if found else []
     sample = Sampler(
-        model.cfg,
-        sampling,
-        stop_ids=stop_ids,
-        pad_id=pad_id(tokenizer),
-        num_samples=config.each,
-        decode_rows=config.decode_rows,
-        mesh=mesh,
-    )
+        model.cfg, sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), num_samples=config.each,
+        decode_rows=config.decode_rows, mesh=mesh,
+    )  # fmt: skip
     key = jax.random.key(config.seed)
     answers: PartialFile | None = None  # process 0 has it
     job = {"prompts": digest, "weights": fingerprint_params(params), **decisive_flags(config)}

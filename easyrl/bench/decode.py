@@ -59,7 +59,9 @@ def main(config: Config) -> None:
 
         def step(number: int, timer: PhaseTimer) -> Work:
             samples = sample(params, prompts, lengths, jax.random.key(number), ids)
-            return _work(cfg, config.decode_rows or config.rows, lengths, fetch(samples.lengths_B))
+            drawn_lengths = fetch(samples.lengths_B)
+            assert real or (drawn_lengths == config.new_tokens).all()
+            return _work(cfg, config.decode_rows or config.rows, lengths, drawn_lengths)
 
         def first_token(number: int, timer: PhaseTimer) -> Work:
             jax.block_until_ready(prefill(params, prompts, lengths, jax.random.key(number), ids))

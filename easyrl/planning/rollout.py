@@ -37,6 +37,7 @@ def sampling_phase(
     N, P, C = config.train_dataset.batch_size, config.train_dataset.seq_length, config.max_continuation_len
     B, shards = each * N, num_data_shards(mesh)
     check_batch(N, mesh, config.mesh_dim)
+    check_batch(config.decode_rows, mesh, config.mesh_dim, "--decode_rows")
     sample = make_sampling(
         cfg, config.sampling, stop_ids=parse_ids(config.stop_ids, cfg.vocab_size, "--stop_ids") or (0,),
         logprob_space=logprob_space, num_samples=each, decode_rows=config.decode_rows, mesh=mesh,
