@@ -79,8 +79,18 @@ def grads_over_groups(
 
     def body(group, carry):
         grads, metrics = carry
-        group_grads, group_metrics = jax.grad(objective, has_aux=True)(params, group)
-        grads = jax.tree.map(jnp.add, grads, group_grads)
+
+        def of_float32(wide):
+            return objective(jax.tree.map(lambda w, x: w.astype(x.dtype), wide, params), group)
+
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)  # no copy: what is cast back is what it was
+        pull: Any  # JAX calls it a function, which has no `with_refs`
+        loss, pull, group_metrics = jax.vjp(of_float32, wide, has_aux=True)
+        # Each layer's gradient is added where it belongs as soon as it is known: a group has none of its own, which
+        # would be as large as the sum and be written and read once more.
+        sums = jax.tree.map(jax.new_ref, grads)
+        pull.with_refs(sums)(jnp.ones_like(loss))
+        grads = jax.tree.map(jax.freeze, sums)
         return jax.lax.with_sharding_constraint(grads, shardings), jax.tree.map(jnp.add, metrics, group_metrics)
 
     return over_groups(plans, (grads, metrics), body)
