@@ -172,6 +172,10 @@ class Shard:
         sharding = sharding_for(axes, x.shape, self.mesh, f"array {axes}", self.rules)
         return jax.lax.with_sharding_constraint(x, sharding)
 
+    def parts(self, axis: str) -> int:
+        """In how many parts an array is split along an axis of this name."""
+        return math.prod(self.mesh.shape[name] for name in self.rules[axis] or ())
+
     def map_devices(self, function: Callable, inputs: Sequence[tuple], output: tuple) -> Callable:
         """`function` run by every device on its own parts of the inputs, whose axes are named, as is the output's.
 

@@ -5,11 +5,11 @@ DPO) comes from here, and the log-prob itself from `models.heads.token_logprobs`
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from easyrl.core.sharding import Shard
 from easyrl.models.families import ModelConfig
 from easyrl.models.heads import lm_head, lm_logits, token_logprobs
 from easyrl.models.trunk import trunk
@@ -40,7 +40,7 @@ def next_token_logprobs(
     wanted: Array | None = None,
     temperature: float = 1.0,
     below: Array | None = None,
-    shard: Callable | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Array, Array]:
     """(logprobs, entropies), both float32 [B, T], of packed or padded rows.
 
@@ -53,7 +53,7 @@ def next_token_logprobs(
     targets = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
     mask = target_mask(segment_ids_BT)
     mask = mask if wanted is None else mask & wanted
-    return chunked_logprobs(params, cfg, hidden, targets, mask, temperature)
+    return chunked_logprobs(params, cfg, hidden, targets, mask, temperature, shard)
 
 
 def most_chunks(rows: int, length: int) -> int:
@@ -62,12 +62,20 @@ def most_chunks(rows: int, length: int) -> int:
 
 
 def chunked_logprobs(
-    params: dict, cfg: ModelConfig, hidden_BTD: Array, targets_BT: Array, mask_BT: Array, temperature: float
+    params: dict,
+    cfg: ModelConfig,
+    hidden_BTD: Array,
+    targets_BT: Array,
+    mask_BT: Array,
+    temperature: float,
+    shard: Shard | None = None,
 ) -> tuple[Array, Array]:
     """`token_logprobs` where `mask_BT` is True, and 0 elsewhere, a chunk of logits at a time.
 
     Each row's masked positions are moved to its front, and only the chunks that hold any are computed: a loop whose
-    trip count is data. Its gradient is a second such loop, which computes the logits of a chunk once more.
+    trip count is data. Its gradient is a second such loop, which computes the logits of a chunk once more. Devices meet
+    before and after a loop, and not for every chunk: the head is gathered once, and each device adds up the gradient of
+    its own rows.
     """
     B, T, _ = hidden_BTD.shape
     num_chunks = most_chunks(B, T)
@@ -81,7 +89,7 @@ def chunked_logprobs(
         return padded.reshape(B, num_chunks, size, *x_BT.shape[2:]).swapaxes(0, 1)
 
     hidden, targets = split(_reorder(hidden_BTD, order_BT)), split(jnp.take_along_axis(targets_BT, order_BT, axis=1))
-    chunks = _logprobs_of_chunks(cfg, temperature, lm_head(params, cfg), hidden, targets, used)
+    chunks = _logprobs_of_chunks(cfg, temperature, shard, lm_head(params, cfg), hidden, targets, used)
     front = (chunk.swapaxes(0, 1).reshape(B, num_chunks * size)[:, :T] for chunk in chunks)
     back_BT = jnp.argsort(order_BT, axis=1)
     logprobs, entropies = (jnp.where(mask_BT, jnp.take_along_axis(x, back_BT, axis=1), 0.0) for x in front)
@@ -101,11 +109,18 @@ def _reorder_backward(order_BT: Array, gradient: Array) -> tuple[Array, None]:
 _reorder.defvjp(lambda x, order: (_reorder(x, order), order), _reorder_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _logprobs_of_chunks(
-    cfg: ModelConfig, temperature: float, head: dict, hidden_CBSD: Array, targets_CBS: Array, used: Array
+    cfg: ModelConfig,
+    temperature: float,
+    shard: Shard | None,
+    head: dict,
+    hidden_CBSD: Array,
+    targets_CBS: Array,
+    used: Array,
 ) -> tuple[Array, Array]:
     """`token_logprobs` of the first `used` of C chunks, each float32 [C, B, S]; 0 in the others."""
+    head = _gathered(head, cfg, shard)
 
     def body(number, outs):
         new = token_logprobs(lm_logits(head, cfg, hidden_CBSD[number]), targets_CBS[number], temperature)
@@ -116,25 +131,51 @@ def _logprobs_of_chunks(
         return jax.lax.fori_loop(0, used, body, (zeros, zeros))
 
 
-def _chunks_backward(cfg: ModelConfig, temperature: float, saved, gradients):
+def _chunks_backward(cfg: ModelConfig, temperature: float, shard: Shard | None, saved, gradients):
     head, hidden_CBSD, targets_CBS, used = saved
+    whole = _gathered(head, cfg, shard)
+    C, B, S, D = hidden_CBSD.shape
+    # A sum over rows that several devices share has to be the same on all of them after every chunk. So each part of
+    # the rows that lies together has a sum of its own, and these are added up once.
+    parts = shard.parts("batch") if shard else 1
+    apart = lambda x: x.reshape(C, parts, B // parts, *x.shape[2:])
+    hidden, targets, of_logprobs, of_entropies = map(apart, (hidden_CBSD, targets_CBS, *gradients))
+
+    def of_part(hidden_BSD, targets_BS, *gradients_BS):
+        chunk = lambda head, hidden: token_logprobs(lm_logits(head, cfg, hidden), targets_BS, temperature)
+        return jax.vjp(chunk, whole, hidden_BSD)[1](gradients_BS)
 
     def body(number, sums):
         of_head, of_hidden = sums
+        of_heads, of_chunk = jax.vmap(of_part)(*(x[number] for x in (hidden, targets, of_logprobs, of_entropies)))
+        return keep_apart(jax.tree.map(jnp.add, of_head, of_heads)), of_hidden.at[number].set(of_chunk)
 
-        def chunk(head, hidden):
-            return token_logprobs(lm_logits(head, cfg, hidden), targets_CBS[number], temperature)
-
-        _, pull = jax.vjp(chunk, head, hidden_CBSD[number])
-        chunk_of_head, chunk_of_hidden = pull(tuple(gradient[number] for gradient in gradients))
-        return jax.tree.map(jnp.add, of_head, chunk_of_head), of_hidden.at[number].set(chunk_of_hidden)
-
-    zeros = (jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), head), jnp.zeros_like(hidden_CBSD))
+    axes = _head_axes(cfg)
+    pin = shard or (lambda x, *axes: x)
+    keep_apart = lambda sums: jax.tree.map(lambda x: pin(x, "batch", *_but_for_width(axes)), sums)
+    of_head = jax.tree.map(lambda w: jnp.zeros((parts, *w.shape), jnp.float32), head)
     with jax.named_scope(CHUNKS):
-        of_head, of_hidden = jax.lax.fori_loop(0, used, body, zeros)
-    return jax.tree.map(lambda sum, w: sum.astype(w.dtype), of_head, head), of_hidden, None, None
+        of_head, of_hidden = jax.lax.fori_loop(0, used, body, (keep_apart(of_head), jnp.zeros_like(hidden)))
+    of_head = jax.tree.map(lambda sums, w: pin(jnp.sum(sums, axis=0), *axes).astype(w.dtype), of_head, head)
+    return of_head, of_hidden.reshape(C, B, S, D), None, None
 
 
 _logprobs_of_chunks.defvjp(
-    lambda cfg, temperature, *arrays: (_logprobs_of_chunks(cfg, temperature, *arrays), arrays), _chunks_backward
+    lambda cfg, temperature, shard, *arrays: (_logprobs_of_chunks(cfg, temperature, shard, *arrays), arrays),
+    _chunks_backward,
 )
+
+
+def _gathered(head: dict, cfg: ModelConfig, shard: Shard | None) -> dict:
+    """The head as chunks read it: in the compute dtype, and no longer split over what rows are split over."""
+    pin = shard or (lambda x, *axes: x)
+    return jax.tree.map(lambda w: pin(w.astype(cfg.dtype), *_but_for_width(_head_axes(cfg))), head)
+
+
+def _head_axes(cfg: ModelConfig) -> tuple[str, str]:
+    """The dimensions of the one weight of `lm_head`."""
+    return ("vocab", "embed") if cfg.tied_embeddings else ("embed", "vocab")
+
+
+def _but_for_width(axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple("width" if axis == "embed" else axis for axis in axes)
