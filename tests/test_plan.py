@@ -46,15 +46,15 @@ def test_flags_are_told_apart():
 
 
 def test_flops_of_a_step_are_those_of_the_model():
-    """Without remat: three times the forward pass with attention to all, and once more the logits, which are kept by
-    nobody. Agrees to 2 %; what is missing in the count is work that no matrix product does.
+    """Without remat: three times the forward pass with attention to all. Rows are one chunk long, whose logits the
+    compiler shares between both passes. Agrees to 2 %: what is missing in the count is work of no matrix product.
     """
     report = report_of("--script=train_sft", "--mesh_dim=2,2,2", "--dtype=fp32", *OFFLINE)
     (step,) = report.measured
     flops = ForwardFlops(find_config(MODEL))
     tokens = 16 * 128
     forward = tokens * (flops.per_token + flops.head + 128 * flops.per_pair)
-    assert step.cost.flops * 8 == pytest.approx(3 * forward + tokens * flops.head, rel=0.02)
+    assert step.cost.flops * 8 == pytest.approx(3 * forward, rel=0.02)
     unmasked = 16 * 128 * 129 / 2
     assert step.phase.necessary == 3 * (forward - (tokens * 128 - unmasked) * flops.per_pair)
 

@@ -36,6 +36,7 @@ RULES: Rules = {
     "norm": None,
     # activations
     "batch": DATA_AXES,
+    "shared_batch": ("dp",),  # of what all devices that share a weight need, each for its part of the width
     "time": None,
     "sequence": ("mp",),  # time, where what is kept of it for the backward pass is split
     "width": None,
@@ -45,7 +46,7 @@ RULES: Rules = {
 
 # While responses are decoded, every device group that shares `mp` holds the whole model: a weight split over fsdp would
 # have to be gathered for every token. Only the batch is split over fsdp then.
-DECODE_RULES = RULES | {"embed": None}
+DECODE_RULES = RULES | {"embed": None, "shared_batch": DATA_AXES}
 
 
 def parse_mesh_dim(text: str, num_devices: int) -> dict[str, int]:

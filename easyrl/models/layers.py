@@ -51,17 +51,25 @@ ACTIVATIONS: dict[str, Callable] = {
 def lookup(table: Array, ids_BT: Array, dtype, shard: Callable, rows: str) -> Array:
     """The rows of `table` that `ids` name, [B, T, D] in `dtype`.
 
-    `rows` is the logical axis of the table's rows. The table is split over fsdp by width and the batch by rows, so the
-    table's width is gathered first, as any other weight's. Its gradient adds up in float32: a common token's is a sum
-    of thousands, which in bfloat16 stops growing at some 256 of equal size.
+    `rows` is the logical axis of the table's rows. The table is split over fsdp by width and the batch by rows. A table
+    is much larger than what is looked up in it, so it stays where it is: each device looks up its part of the width for
+    the rows of all that share the table, which then change places. Its gradient adds up in float32: a common token's is
+    a sum of thousands, which in bfloat16 stops growing at some 256 of equal size.
     """
-    return jnp.take(shard(table.astype(dtype), rows, "width"), ids_BT, axis=0)
+    found = _take(table.astype(dtype), ids_BT, shard, rows)
+    return shard(found, "batch", "time", "width")
+
+
+def _take(table: Array, ids_BT: Array, shard: Callable, rows: str) -> Array:
+    ids_BT = shard(ids_BT, "shared_batch", "time")
+    return shard(jnp.take(shard(table, rows, "embed"), ids_BT, axis=0), "shared_batch", "time", "embed")
 
 
 def _lookup_backward(dtype, shard, rows: str, saved: tuple[Array, Array], of_out: Array) -> tuple[Array, np.ndarray]:
     table, ids_BT = saved
-    take = lambda table: jnp.take(shard(table, rows, "width"), ids_BT, axis=0)
-    (of_table,) = jax.linear_transpose(take, jax.ShapeDtypeStruct(table.shape, jnp.float32))(of_out.astype(jnp.float32))
+    of_found = shard(of_out, "shared_batch", "time", "embed").astype(jnp.float32)
+    take = lambda table: _take(table, ids_BT, shard, rows)
+    (of_table,) = jax.linear_transpose(take, jax.ShapeDtypeStruct(table.shape, jnp.float32))(of_found)
     return of_table.astype(table.dtype), np.zeros(ids_BT.shape, jax.dtypes.float0)
 
 

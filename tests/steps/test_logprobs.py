@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyrl.core.params import abstract
+from easyrl.core.params import abstract, shardings
+from easyrl.core.sharding import Shard, make_mesh, stand_in
 from easyrl.models.families import param_specs
 from easyrl.models.heads import lm_logits
 from easyrl.models.trunk import trunk
 from easyrl.steps import logprobs as logprobs_module
-from easyrl.steps.logprobs import next_token_logprobs, target_mask
+from easyrl.steps.logprobs import CHUNKS, next_token_logprobs, target_mask
+from easyrl.steps.state import with_shardings
 from tests.steps.conftest import make_params
 
 
@@ -97,3 +99,30 @@ def test_no_logits_of_the_whole_batch_exist_in_the_gradient(cfg, one_device):
     compiled = jax.jit(jax.grad(loss)).lower(params, ids, ids, ids).compile()
 
     assert not re.search(rf"f32\[{B},{T},{V}\]|f32\[{B * T},{V}\]", compiled.as_text())
+
+
+COLLECTIVE = re.compile(r" = (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mesh_dim", ["1,8,1", "2,4,1"])
+def test_head_and_embeddings_cross_the_mesh_once_a_pass(cfg, mesh_dim, tied):
+    """A head is gathered for all chunks, its gradient added up after them; a table of embeddings stays in place."""
+    B, T, V = 8, 1024, 640
+    cfg = dataclasses.replace(cfg, vocab_size=V, max_positions=T, tied_embeddings=tied)
+    mesh = make_mesh(mesh_dim)
+    specs, shard = param_specs(cfg, "lm"), Shard(mesh)
+    params = with_shardings(abstract(specs, jnp.float32), shardings(specs, mesh))
+    ids = stand_in(mesh, jnp.int32, B, T)
+
+    def loss(params, *rows):
+        return jnp.sum(next_token_logprobs(params, cfg, *(shard(x, "batch", "time") for x in rows), shard=shard)[0])
+
+    gradient = jax.jit(jax.grad(loss), out_shardings=shardings(specs, mesh))
+    text = gradient.lower(params, ids, ids, ids).compile().as_text()
+    exchanged = [found[1] for found in map(COLLECTIVE.search, text.splitlines()) if found]
+    whole = [
+        shape for result in exchanged for shape in re.findall(rf"f32\[{V},{cfg.width}\]|f32\[{cfg.width},{V}\]", result)
+    ]
+    assert len(whole) == 2, exchanged  # the head on its way out, its gradient on its way back
+    assert not re.search(rf"{COLLECTIVE.pattern}.*{CHUNKS}\)*/while/body", text)
