@@ -59,6 +59,18 @@ def test_flops_of_a_step_are_those_of_the_model():
     assert step.phase.necessary == 3 * (forward - (tokens * 128 - unmasked) * flops.per_pair)
 
 
+def test_what_longer_rows_keep_of_neither_logits_nor_scores_is_counted_once_more():
+    """Rows of two chunks and two blocks of attention, of which the second one has twice the keys of the first."""
+    report = report_of(
+        "--script=train_sft", "--mesh_dim=2,2,2", "--dtype=fp32", *OFFLINE, "--train_dataset.seq_length=256"
+    )
+    (step,) = report.measured
+    flops, tokens, keys = ForwardFlops(find_config(MODEL)), 16 * 256, (128 + 256) / 2
+    forward = tokens * (flops.per_token + flops.head + keys * flops.per_pair)
+    again = tokens * (flops.head + keys * flops.per_pair / 2)  # of attention's two products the scores
+    assert step.cost.flops * 8 == pytest.approx(3 * forward + again, rel=1e-3)
+
+
 def test_ppo_has_all_its_phases_and_they_add_up():
     report = report_of("--script=train_ppo", "--mesh_dim=1,4,2", *PPO)
     assert [m.phase.name for m in report.measured] == ["sampling", "reward", "passes", "finish", "update"]

@@ -61,6 +61,7 @@ def lookup(table: Array, ids_BT: Array, dtype, shard: Callable, rows: str) -> Ar
 
 
 def _take(table: Array, ids_BT: Array, shard: Callable, rows: str) -> Array:
+    """[B, T, D], split by width as the table is."""
     ids_BT = shard(ids_BT, "shared_batch", "time")
     return shard(jnp.take(shard(table, rows, "embed"), ids_BT, axis=0), "shared_batch", "time", "embed")
 

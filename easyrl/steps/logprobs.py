@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from easyrl.core.sharding import Shard
-from easyrl.models.families import ModelConfig
+from easyrl.models.families import ModelConfig, param_specs
 from easyrl.models.heads import lm_head, lm_logits, token_logprobs
 from easyrl.models.trunk import trunk
 
@@ -150,13 +150,12 @@ def _chunks_backward(cfg: ModelConfig, temperature: float, shard: Shard | None, 
         of_heads, of_chunk = jax.vmap(of_part)(*(x[number] for x in (hidden, targets, of_logprobs, of_entropies)))
         return keep_apart(jax.tree.map(jnp.add, of_head, of_heads)), of_hidden.at[number].set(of_chunk)
 
-    axes = _head_axes(cfg)
-    pin = shard or (lambda x, *axes: x)
-    keep_apart = lambda sums: jax.tree.map(lambda x: pin(x, "batch", *_but_for_width(axes)), sums)
+    keep_apart = lambda sums: _pinned(sums, cfg, shard, "batch", whole=True)
     of_head = jax.tree.map(lambda w: jnp.zeros((parts, *w.shape), jnp.float32), head)
     with jax.named_scope(CHUNKS):
         of_head, of_hidden = jax.lax.fori_loop(0, used, body, (keep_apart(of_head), jnp.zeros_like(hidden)))
-    of_head = jax.tree.map(lambda sums, w: pin(jnp.sum(sums, axis=0), *axes).astype(w.dtype), of_head, head)
+    of_head = _pinned(jax.tree.map(lambda sums: jnp.sum(sums, axis=0), of_head), cfg, shard)
+    of_head = jax.tree.map(lambda sum, w: sum.astype(w.dtype), of_head, head)
     return of_head, of_hidden.reshape(C, B, S, D), None, None
 
 
@@ -168,14 +167,13 @@ _logprobs_of_chunks.defvjp(
 
 def _gathered(head: dict, cfg: ModelConfig, shard: Shard | None) -> dict:
     """The head as chunks read it: in the compute dtype, and no longer split over what rows are split over."""
-    pin = shard or (lambda x, *axes: x)
-    return jax.tree.map(lambda w: pin(w.astype(cfg.dtype), *_but_for_width(_head_axes(cfg))), head)
+    return _pinned(jax.tree.map(lambda w: w.astype(cfg.dtype), head), cfg, shard, whole=True)
 
 
-def _head_axes(cfg: ModelConfig) -> tuple[str, str]:
-    """The dimensions of the one weight of `lm_head`."""
-    return ("vocab", "embed") if cfg.tied_embeddings else ("embed", "vocab")
-
-
-def _but_for_width(axes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple("width" if axis == "embed" else axis for axis in axes)
+def _pinned(weights: dict, cfg: ModelConfig, shard: Shard | None, *before: str, whole: bool = False) -> dict:
+    """Arrays of the shapes in `lm_head`, behind dimensions `before`, laid out like it; `whole`: not split by width."""
+    if shard is None:
+        return weights
+    specs = lm_head(param_specs(cfg, "lm"), cfg)
+    axes = lambda spec: ("width" if whole and axis == "embed" else axis for axis in spec.axes)
+    return jax.tree.map(lambda w, spec: shard(w, *before, *axes(spec)), weights, specs)
