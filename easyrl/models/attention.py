@@ -6,8 +6,10 @@ Axes: B batch, T query time, S key time, N query heads, K key/value heads, G = N
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from easyrl.core.segments import stem_of
+from easyrl.models.layers import PRODUCT
 
 Array = jax.Array
 
@@ -81,4 +83,5 @@ def attend(
     scores = masked_scores(grouped_queries(q_BTNH, k_BKSH.shape[1]), k_BKSH, mask_BTS, alibi)
     B, K, G, T, S = scores.shape
     weights_BKMS = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(B, K, G * T, S)
-    return ungrouped(jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH).reshape(B, K, G, T, -1))
+    out_BKMH = checkpoint_name(jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH), PRODUCT)
+    return ungrouped(out_BKMH.reshape(B, K, G, T, -1))

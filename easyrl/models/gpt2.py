@@ -16,7 +16,7 @@ from jax.nn.initializers import normal, ones, zeros
 
 from easyrl.core.params import ParamSpec
 from easyrl.models.config import ModelConfig
-from easyrl.models.layers import ACTIVATIONS, layer_norm, linear, lookup
+from easyrl.models.layers import ACTIVATIONS, add_bias, layer_norm, linear, lookup
 
 Array = jax.Array
 
@@ -99,17 +99,17 @@ def block(layer: dict, cfg: GPT2Config, x_BTD: Array, tables: None, attend: Call
     attn, mlp = layer["attn"], layer["mlp"]
 
     y = layer_norm(x_BTD, layer["attn_norm"], cfg.norm_eps)
-    qkv_BTCNH = linear(y, attn["qkv"]) + attn["qkv_bias"]
+    qkv_BTCNH = add_bias(linear(y, attn["qkv"]), attn["qkv_bias"])
     q = shard(qkv_BTCNH[:, :, 0], "batch", "time", "heads", None)
     k, v = (shard(qkv_BTCNH[:, :, i].swapaxes(1, 2), "batch", "heads", "time", None) for i in (1, 2))
     out, kv = attend(q, k, v)
-    out = linear(out, attn["o"], 2) + attn["o_bias"]
+    out = add_bias(linear(out, attn["o"], 2), attn["o_bias"])
     x_BTD = shard((y if cfg.residual_after_norm else x_BTD) + out, "batch", "time", "width")
 
     y = layer_norm(x_BTD, layer["mlp_norm"], cfg.norm_eps)
-    hidden = ACTIVATIONS[cfg.activation](linear(y, mlp["up"]) + mlp["up_bias"])
+    hidden = ACTIVATIONS[cfg.activation](add_bias(linear(y, mlp["up"]), mlp["up_bias"]))
     hidden = shard(hidden, "batch", "time", "mlp")
-    out = linear(hidden, mlp["down"]) + mlp["down_bias"]
+    out = add_bias(linear(hidden, mlp["down"]), mlp["down_bias"])
     x_BTD = shard((y if cfg.residual_after_norm else x_BTD) + out, "batch", "time", "width")
     return x_BTD, kv
 

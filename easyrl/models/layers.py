@@ -9,8 +9,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
+
+PRODUCT = "product"  # the name of what --remat=dots keeps: products of matrices, those of attention among them
 
 
 def rounded(w: Array, dtype) -> Array:
@@ -122,7 +125,14 @@ def _rotate(x: Array, first: int) -> Array:
 
 def linear(x: Array, w: Array | OutputsFirst, contracted: int = 1) -> Array:
     """The product of `x` [B, T, in...] and `w` [in..., out...], over `contracted` dimensions: [B, T, out...]."""
-    return w.product(x, contracted) if isinstance(w, OutputsFirst) else _linear(x, w, contracted)
+    if isinstance(w, OutputsFirst):
+        return w.product(x, contracted)
+    return checkpoint_name(_linear(x, w, contracted), PRODUCT)
+
+
+def add_bias(x: Array, bias: Array) -> Array:
+    """x + bias, whose gradient, a sum over all tokens, adds up in float32 (`rounded`)."""
+    return (x.astype(jnp.float32) + rounded(bias, x.dtype)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

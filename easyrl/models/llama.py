@@ -17,6 +17,7 @@ from easyrl.core.params import ParamSpec
 from easyrl.models.config import ModelConfig
 from easyrl.models.layers import (
     RopeScaling,
+    add_bias,
     apply_rope,
     linear,
     lookup,
@@ -111,7 +112,7 @@ def block(layer: dict, cfg: LlamaConfig, x_BTD: Array, tables: tuple[Array, Arra
     y = rms_norm(x_BTD, layer["attn_norm"], cfg.norm_eps)
     q, k, v = (linear(y, attn[name]) for name in ("q", "k", "v"))  # BTNH, BTKH, BTKH
     if cfg.qkv_bias:
-        q, k, v = q + attn["q_bias"], k + attn["k_bias"], v + attn["v_bias"]
+        q, k, v = (add_bias(x, attn[name]) for x, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
     if cfg.qk_norm:
         q, k = rms_norm(q, attn["q_norm"], cfg.norm_eps), rms_norm(k, attn["k_norm"], cfg.norm_eps)
     q = shard(apply_rope(q, *tables), "batch", "time", "heads", None)
@@ -119,15 +120,15 @@ def block(layer: dict, cfg: LlamaConfig, x_BTD: Array, tables: tuple[Array, Arra
     v = shard(v.swapaxes(1, 2), "batch", "kv_heads", "time", None)
     out, kv = attend(q, k, v)
     out = linear(out, attn["o"], 2)
-    x_BTD = shard(x_BTD + (out + attn["o_bias"] if cfg.out_bias else out), "batch", "time", "width")
+    x_BTD = shard(x_BTD + (add_bias(out, attn["o_bias"]) if cfg.out_bias else out), "batch", "time", "width")
 
     y = rms_norm(x_BTD, layer["mlp_norm"], cfg.norm_eps)
     gate, up = linear(y, mlp["gate"]), linear(y, mlp["up"])
     if cfg.mlp_bias:
-        gate, up = gate + mlp["gate_bias"], up + mlp["up_bias"]
+        gate, up = add_bias(gate, mlp["gate_bias"]), add_bias(up, mlp["up_bias"])
     hidden = shard(swiglu(gate, up), "batch", "time", "mlp")
     out = linear(hidden, mlp["down"])
-    x_BTD = shard(x_BTD + (out + mlp["down_bias"] if cfg.mlp_bias else out), "batch", "time", "width")
+    x_BTD = shard(x_BTD + (add_bias(out, mlp["down_bias"]) if cfg.mlp_bias else out), "batch", "time", "width")
     return x_BTD, kv
 
 

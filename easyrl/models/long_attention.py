@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from easyrl.models.attention import Alibi, grouped_queries, masked_scores, ungrouped
+from easyrl.models.layers import PRODUCT
 
 Array = jax.Array
 
@@ -87,7 +89,8 @@ def _blocks_forward(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array, masks, is_slid
         summed = _product("BKMS,BKSH->BKMH", _rows(weights).astype(v.dtype), v).reshape(q.shape)
         outs.append((summed / total).astype(q.dtype))
         log_sums.append(largest + jnp.log(total))
-    out_BKGTH, log_sums_BKGT1 = jnp.concatenate(outs, axis=3), jnp.concatenate(log_sums, axis=3)
+    kept = jnp.concatenate(outs, axis=3), jnp.concatenate(log_sums, axis=3)
+    out_BKGTH, log_sums_BKGT1 = checkpoint_name(kept, PRODUCT)
     return out_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, masks, is_sliding, alibi, out_BKGTH, log_sums_BKGT1)
 
 
@@ -156,6 +159,7 @@ def attend_by_splash(
             splash_mask.MultiHeadMask([one] * q_BNTH.shape[1]),
             block_sizes=blocks,
             interpret=device.platform != "tpu",
+            residual_checkpoint_name=PRODUCT,
         )
         return jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, splash.SegmentIds(segments_BT, segments_BT))
 
@@ -193,16 +197,16 @@ def choose(
     """The way to attend, `xla`, `cudnn`, `blocks` or `splash`, that --attention asks for.
 
     `auto` is cuDNN on a GPU in half precision, splash on a TPU from v4 on, blocks elsewhere. What cannot be had is
-    replaced by something simpler. With a bias cuDNN would want it whole in memory, and splash knows of none; splash
-    wants rows of a multiple of 128 tokens, and all layers to have the same window (not `mixed`). Blocks and splash are
-    for tokens that attend among themselves. A single query, one step of decoding, reads the cache once whatever the
-    way, and so few queries as make one block are plain XLA's.
+    replaced by something simpler. With a bias cuDNN would want it whole in memory, and splash knows of none; cuDNN has
+    no backward pass for an odd number of tokens; splash wants rows of a multiple of 128 tokens, and all layers to have
+    the same window (not `mixed`). Blocks and splash are for tokens that attend among themselves. A single query, one
+    step of decoding, reads the cache once whatever the way, and so few queries as make one block are plain XLA's.
     """
     if queries == 1:
         return "xla"
     attention = _wanted(attention, device)
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    if attention == "cudnn" and (biased or not half or head_size % 8 or head_size > 128):
+    if attention == "cudnn" and (biased or not half or head_size % 8 or head_size > 128 or queries % 2 or keys % 2):
         attention = "blocks"
     if attention == "splash" and (biased or mixed or queries % LANES or queries != keys):
         attention = "blocks"

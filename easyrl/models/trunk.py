@@ -15,7 +15,7 @@ from easyrl.models.attention import attend, attention_mask
 from easyrl.models.branch import depth, stacks
 from easyrl.models.cache import Cache, write
 from easyrl.models.families import ModelConfig, family_of, param_specs
-from easyrl.models.layers import OutputsFirst, alibi_slopes
+from easyrl.models.layers import PRODUCT, OutputsFirst, alibi_slopes
 from easyrl.models.long_attention import (
     attend_by_splash,
     attend_in_blocks,
@@ -31,7 +31,7 @@ Array = jax.Array
 REMAT_POLICIES = {
     "none": None,  # keep everything, recompute nothing
     "full": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products with weights
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # keep products of matrices
 }
 
 

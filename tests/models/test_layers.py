@@ -8,6 +8,7 @@ import pytest
 from easyrl.models.layers import (
     OutputsFirst,
     RopeScaling,
+    add_bias,
     alibi_slopes,
     apply_rope,
     layer_norm,
@@ -116,6 +117,13 @@ def test_norms_in_bfloat16_take_the_digits_and_the_gradient_of_their_weights_fro
     total = lambda weights, x: jnp.sum(apply(weights, x).astype(jnp.float32) * 1.25)
     exact = jax.grad(total)(weights, x.astype(jnp.float32))
     np.testing.assert_allclose(jax.jit(jax.grad(total))(weights, x), exact, rtol=2**-8)  # rounded once
+
+
+def test_gradients_of_biases_in_bfloat16_add_up_in_float32():
+    x, bias = jnp.ones((2, 4096, 8), jnp.bfloat16), jnp.arange(8, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(add_bias(x, bias), x + bias)
+    total = lambda bias: jnp.sum(add_bias(x, bias), dtype=jnp.float32)
+    np.testing.assert_array_equal(jax.jit(jax.grad(total))(bias), 2 * 4096)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [((6,), (5,)), ((6,), (3, 2, 4)), ((3, 4), (5,))])

@@ -124,6 +124,7 @@ def test_blocks_are_large_and_few():
         ("gpu", "NVIDIA H100", {"dtype": "float32"}, "blocks"),
         ("gpu", "NVIDIA H100", {"head_size": 100}, "blocks"),
         ("gpu", "NVIDIA H100", {"queries": 1}, "xla"),
+        ("gpu", "NVIDIA H100", {"queries": 565, "keys": 565}, "blocks"),
         ("gpu", "NVIDIA H100", {"biased": True}, "blocks"),
     ],
 )
