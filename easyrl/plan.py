@@ -23,6 +23,7 @@ from easyrl.core.command_line import load_config, run
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.files import check_writable, write_atomic
+from easyrl.core.platform import set_precision
 from easyrl.core.sharding import make_mesh
 from easyrl.planning.measure import measure
 from easyrl.planning.memory import device_bytes
@@ -94,6 +95,7 @@ def main(request: Request) -> None:
         check_writable(config.json, "--json")
     topology = parse_topology(config.topology)
     jax.config.update("jax_platforms", "cpu")  # whatever devices there are here are of no use to a plan
+    set_precision(script.dtype)
     devices = find_devices(topology)
     if config.suggest:
         report = suggest(config, script, devices, topology)

@@ -23,6 +23,7 @@ from easyrl.core.config import flag, from_dict
 from easyrl.core.distributed import DistributedConfig, say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import RunFailed, UserError
+from easyrl.core.platform import set_precision
 from easyrl.core.sharding import make_mesh, num_data_shards, put, replicated
 from easyrl.data.packing import pack
 from easyrl.hf.refs import FoundModel, find_model, load_weights
@@ -68,6 +69,7 @@ def main(config: Config) -> None:
             "found no FILE, expected the rollouts/step-<n>.safetensors or batches/step-<n>.safetensors of a run"
         )
     arrays, facts = load_recording(config.recording)
+    set_precision(facts["config"]["dtype"])
     mesh = make_mesh(config.mesh_dim or facts["config"]["mesh_dim"])
     kind, _, target = config.load_checkpoint.partition("::")
     if kind != "easyrl" or not target:  # no other kind of model has optimizer states

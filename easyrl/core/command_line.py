@@ -224,9 +224,10 @@ def run(
         return parser(argv[1:]) if parser else load_config(config_class, argv[1:])
 
     def call(config: Any) -> None:
-        from easyrl.core.platform import prepare_platform  # imports jax, which --help does without
+        from easyrl.core.platform import prepare_platform, set_precision  # imports jax, which --help does without
 
         prepare_platform()
+        set_precision(getattr(config, "dtype", ""))
         joined = hasattr(config, "jax_distributed")
         with config.jax_distributed.joined(config) if joined else contextlib.nullcontext():
             main(config)  # what it returns is not an exit status

@@ -1,4 +1,6 @@
-"""What is set for the platform before JAX starts: where compiled programs are kept, and how a CPU is programmed."""
+"""What is set for the platform before JAX starts: where compiled programs are kept, how a CPU is programmed, and how
+exactly matrices are multiplied.
+"""
 
 import contextlib
 import os
@@ -34,6 +36,16 @@ def prepare_platform() -> None:
         os.environ.setdefault("XLA_FLAGS", CPU_FLAGS)
     if give_virtual_devices_threads():
         keep_no_programs()
+
+
+def set_precision(dtype: str) -> None:
+    """Where a run computes in float32 (`dtype`: its --dtype), has products of matrices be those of float32 numbers.
+
+    By default TPUs round what they multiply to bfloat16, and GPUs to TensorFloat-32. JAX_DEFAULT_MATMUL_PRECISION stays
+    as it is given; in bfloat16 nothing is set, because TPU kernels refuse it.
+    """
+    if dtype == "fp32" and "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def give_virtual_devices_threads() -> bool:

@@ -39,7 +39,8 @@ def our_outputs(params: dict, cfg: ModelConfig, head: str, tokens: np.ndarray) -
         hidden, _ = trunk(params, cfg, jnp.asarray(tokens), positions, jnp.ones_like(tokens))
         return lm_logits(params, cfg, hidden) if head == "lm" else scalar(params, cfg, hidden)
 
-    outputs = np.asarray(run(params))
+    with jax.default_matmul_precision("highest"):
+        outputs = np.asarray(run(params))
     return outputs[:, -1] if head == "reward" else outputs
 
 

@@ -10,13 +10,16 @@ import pytest
 
 from easyrl.core.errors import UserError
 from easyrl.core.files import cache_folder
-from easyrl.core.platform import CPU_FLAGS, THREADS_A_DEVICE, prepare_platform
+from easyrl.core.platform import CPU_FLAGS, THREADS_A_DEVICE, prepare_platform, set_precision
 
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
     """The settings of JAX and of the environment as they were."""
-    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "enable_compilation_cache")
+    names = (
+        "compilation_cache_dir", "persistent_cache_min_compile_time_secs", "enable_compilation_cache",
+        "default_matmul_precision",
+    )  # fmt: skip
     before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
     monkeypatch.setenv("XLA_FLAGS", "--xla_something")  # nothing of this process's virtual devices
     monkeypatch.setattr("easyrl.core.platform.KNOWN", (jax.__version_info__[:2],))
@@ -91,3 +94,16 @@ def test_the_pool_of_threads_is_as_large_as_was_asked_for():
     env = {k: v for k, v in os.environ.items() if k != "PJRT_NPROC"} | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     threads = subprocess.run([sys.executable, "-c", show], env=env, capture_output=True, text=True, check=True).stdout
     assert int(threads) >= THREADS_A_DEVICE * 20
+
+
+def test_only_a_run_in_float32_multiplies_in_float32_everywhere(monkeypatch):
+    monkeypatch.delenv("JAX_DEFAULT_MATMUL_PRECISION", raising=False)
+    jax.config.update("jax_default_matmul_precision", None)
+    set_precision("bf16")
+    assert jax.config.jax_default_matmul_precision is None
+    set_precision("fp32")
+    assert jax.config.jax_default_matmul_precision == "highest"
+    jax.config.update("jax_default_matmul_precision", None)
+    monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "tensorfloat32")
+    set_precision("fp32")
+    assert jax.config.jax_default_matmul_precision is None
