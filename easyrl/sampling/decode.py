@@ -155,7 +155,7 @@ def make_sampling(
     C = sampling.max_new_tokens
     logprob_temperature = sampling.temperature if logprob_space == "sampling" else 1.0
     cfg = cfg.without_gradient
-    shard = None if mesh is None else Shard(mesh)
+    shard, decode_shard = (None, None) if mesh is None else (Shard(mesh), Shard(mesh, DECODE_RULES))
 
     def by_row(x: Array) -> Array:
         return x if shard is None else shard(x, "batch", *[None] * (x.ndim - 1))
@@ -191,7 +191,7 @@ def make_sampling(
             (rows.prompt_lengths_B + rows.lengths_B - 1)[:, None],
             (~rows.over_B)[:, None].astype(jnp.int32),
             cache=cache,
-            shard=shard,
+            shard=decode_shard,
         )
         assert filled is not None
         return filled, draw(params, hidden_B1D[:, 0], rows)
@@ -275,7 +275,7 @@ def make_sampling(
         to_samples = lambda x: by_row(jnp.repeat(x, num_samples, axis=0))
         prompt_lengths_B = to_samples(prompt_lengths_B)
         B = B * num_samples
-        decode_params = unstack_layers(params, cfg, None if mesh is None else Shard(mesh, DECODE_RULES))
+        decode_params = unstack_layers(params, cfg, decode_shard)
         rows = _Rows(
             steps=jnp.zeros((), jnp.int32),
             prompt_lengths_B=prompt_lengths_B,
