@@ -80,8 +80,8 @@ class PackedDatasetConfig(DatasetConfig):
     )
     row_length: int = flag(
         0,
-        "Tokens in the longest packed rows. 0: as many as the longest sequence has, or as the longest pair, or "
-        "twice the former, where that leaves less padding.",
+        "Tokens in the longest packed rows, from 128 on rounded up to a multiple of it. 0: as many as the longest "
+        "sequence has, or as the longest pair, or twice the former, where that leaves less padding.",
         least=0,
     )
     batch_rows: int = flag(

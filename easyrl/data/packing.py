@@ -84,7 +84,7 @@ def group_shapes(
     longest: int, shards: int = 1, *, rows: int = 0, together: int = 1, sequences: int | None = None
 ) -> tuple[Shape, ...]:
     """The shapes of groups for sequences up to `longest` tokens: one for the bulk of a batch, and lesser ones for what
-    it leaves over, so that a small batch pads little.
+    it leaves over, so that a small batch pads little. Rows longer than ROW_MULTIPLE are a multiple of it.
 
     Args:
       shards: devices that share the rows of a group: every shape has a multiple of so many rows, and of `together`.
@@ -95,6 +95,7 @@ def group_shapes(
 
     Raises ValueError when `rows` is not such a multiple.
     """
+    longest = rounded_up(longest) if longest > ROW_MULTIPLE else longest
     least = math.lcm(shards, together)
     bulk = rows or least * max(1, GROUP_TOKENS * shards // (least * longest))
     if bulk % least:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.params import abstract
 from easyrl.core.sharding import stand_in
-from easyrl.data.packing import Shape, rounded_up
+from easyrl.data.packing import rounded_up
 from easyrl.hf.refs import find_config
 from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
@@ -36,15 +36,15 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
     per_sample = 1 if unpaired else 2
     data = config.train_dataset
     T = config.longest[1]
-    length = data.row_length or (T if online else rounded_up(T))
+    length = data.row_length or rounded_up(T)
     samples = data.batch_size
     if data.batch_rows:  # as many samples as fill the rows
         samples = max(int(data.batch_rows * (data.row_length or T) / (fill * T)), 1)
     B = samples * per_sample
     # Of the shapes that groups may have, the one for the bulk.
-    rows = find_shapes(config, mesh, length, together=per_sample, sequences=B)[0].rows
-    most = -(-B * T // length)
-    plans, loops = abstract_plans([Shape(rows, length)], most, mesh), packed_loops(most, rows, length, fill)
+    shape = find_shapes(config, mesh, length, together=per_sample, sequences=B)[0]
+    most = -(-B * T // shape.length)
+    plans, loops = abstract_plans([shape], most, mesh), packed_loops(most, shape, fill)
 
     optimizer = make_optimizer(config.optimizer, make_schedule(config.lr_schedule, config.lr, 1))
     head = "reward" if script == "train_rm" else "lm"

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from easyrl.core.groups import GROUPS
+from easyrl.data.packing import Shape
 from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.memory import device_bytes
@@ -95,9 +96,9 @@ def groups(most: int, rows: int, fill: float) -> int:
     return max(math.ceil(math.ceil(most * fill) / rows), 1)
 
 
-def packed_loops(most: int, rows: int, length: int, fill: float) -> dict[str, float]:
+def packed_loops(most: int, shape: Shape, fill: float) -> dict[str, float]:
     """How often the loops of a packed pass run: those over chunks of logits, inside those over groups."""
-    return {CHUNKS: most_chunks(rows, length), GROUPS: groups(most, rows, fill)}
+    return {CHUNKS: most_chunks(*shape), GROUPS: groups(most, shape.rows, fill)}
 
 
 def remat_share(cfg: ModelConfig) -> float:

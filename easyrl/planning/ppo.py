@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.params import abstract
 from easyrl.core.sharding import stand_in
-from easyrl.data.packing import Shape
 from easyrl.hf.refs import find_config
 from easyrl.models.branch import join, trained_layers
 from easyrl.models.config import ModelConfig
@@ -78,9 +77,8 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     length = fill * T
     tokens, mask = stand_in(mesh, jnp.int32, B, T), stand_in(mesh, jnp.bool_, B, T)
     # Of the shapes that groups may have, the one for the bulk.
-    rows = find_shapes(config, mesh, T, sequences=B)[0].rows
-    update_rows = find_shapes(config, mesh, T, sequences=config.mini_batch_size)[0].rows
-    plan, passes_loops = abstract_plans([Shape(rows, T)], B, mesh), packed_loops(B, rows, T, fill)
+    shape, update_shape = (find_shapes(config, mesh, T, sequences=size)[0] for size in (B, config.mini_batch_size))
+    plan, passes_loops = abstract_plans([shape], B, mesh), packed_loops(B, shape, fill)
     forward = make_forward(policy_cfg, ref_cfg, value_cfg, config, mesh)
     drawn = stand_in(mesh, jnp.float32, B, T)
     sampler = (drawn, drawn) if config.old_logprobs == "sampler" else None
@@ -108,9 +106,9 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
         Phase(
             "update",
             make_update(policy_cfg, value_cfg, config, policy_optimizer, value_optimizer, mesh),
-            (state, rollout, abstract_plans([Shape(update_rows, T)], M, mesh), stand_in(mesh, jnp.bool_), bottom),
+            (state, rollout, abstract_plans([update_shape], M, mesh), stand_in(mesh, jnp.bool_), bottom),
             runs=config.ppo_epochs * B / M,
-            loops=packed_loops(M, update_rows, T, fill),
+            loops=packed_loops(M, update_shape, fill),
             necessary=3 * sum(update_flops.values()),
             recomputed=remat_share(policy_cfg) * sum(update_flops.values()),
             parts={"gradients": max(policy.gradients(), value.gradients())},

@@ -45,7 +45,8 @@ def sampling_phase(
     host = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     # Of the shapes that groups of prompts may have, the one for the bulk.
-    rows = shards * prompt_shapes(N // shards, P)[0].rows
+    rows, length = prompt_shapes(N // shards, P)[0]
+    shape = Shape(shards * rows, length)
     loops = decode_loops(B, shards, P, C, may_end=True, at_once=config.decode_rows)
     flops = ForwardFlops(cfg)
     some = loops[0].rows
@@ -54,9 +55,9 @@ def sampling_phase(
     return Phase(
         "sampling",
         sample,
-        (params, host(N, P), host(N), abstract_plans([Shape(rows, P)], N, mesh), key, host(B)),
+        (params, host(N, P), host(N), abstract_plans([shape], N, mesh), key, host(B)),
         runs=1,
-        loops={GROUPS: groups(N, rows, fill)} | _decoding_trips(loops, B, shards, P, C),
+        loops={GROUPS: groups(N, shape.rows, fill)} | _decoding_trips(loops, B, shards, P, C),
         necessary=N * flops.sequence(fill * P) + B * flops.head + B * flops.decoding(fill * P, fill * (C - 1)),
         parts={
             "cache": cache / (shards * math.gcd(mesh.shape["mp"], cfg.num_kv_heads)),
@@ -92,9 +93,9 @@ def reward_phases(config: Any, responses: int, length: int, mesh: Mesh, fill: fl
 
     The first argument of each phase is the model's weights.
     """
-    rows = find_shapes(config, mesh, length, sequences=responses)[0].rows
+    shape = find_shapes(config, mesh, length, sequences=responses)[0]
     compute = {**compute_settings(config), "remat": "none"}
-    tokens, plan = stand_in(mesh, jnp.int32, responses, length), abstract_plans([Shape(rows, length)], responses, mesh)
+    tokens, plan = stand_in(mesh, jnp.int32, responses, length), abstract_plans([shape], responses, mesh)
     phases = []
     for number, ref in enumerate(reward_refs(config), 1):
         cfg = find_config(ref, compute=compute, flag="--load_checkpoint_reward")
@@ -105,7 +106,7 @@ def reward_phases(config: Any, responses: int, length: int, mesh: Mesh, fill: fl
                 make_scorer(cfg, mesh, None),
                 (params, tokens, stand_in(mesh, jnp.int32, responses), plan),
                 runs=1,
-                loops=packed_loops(responses, rows, length, fill),
+                loops=packed_loops(responses, shape, fill),
                 necessary=responses * ForwardFlops(cfg).sequence(fill * length),
             )
         )

@@ -115,6 +115,7 @@ def test_the_lengths_of_rows():
         ({"longest": 512, "shards": 8, "rows": 32}, [(32, 512), (8, 512), (8, 256)]),
         ({"longest": 4096, "shards": 8, "together": 2}, [(8, 4096), (8, 3584), (8, 2048)]),
         ({"longest": 40, "sequences": 16}, [(16, 40)]),
+        ({"longest": 565}, [(1, 640), (1, 384)]),
     ],
 )
 def test_groups_have_one_shape_for_the_bulk_and_lesser_ones(arguments, expected):
