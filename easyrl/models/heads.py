@@ -79,7 +79,7 @@ def token_logprobs(logits: Array, targets: Array, temperature: float = 1.0) -> t
 
 def _centred(logits: Array, temperature: float) -> Array:
     """logits / temperature less their largest, float32: what follows then keeps its digits, however large they are."""
-    logits = logits.astype(jnp.float32) / (temperature if temperature > 0 else 1.0)
+    logits = logits.astype(jnp.float32) / (temperature or 1.0)
     return logits - jnp.max(logits, axis=-1, keepdims=True)
 
 
@@ -98,7 +98,7 @@ def _token_logprobs_backward(temperature: float, saved, gradients):
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     of_all = jnp.exp(logp) * (of_logprobs + of_entropy * (logp + entropy[..., None]))
     of_scaled = jnp.where(is_target, of_logprobs, 0.0) - of_all
-    return (of_scaled / (temperature if temperature > 0 else 1.0)).astype(logits.dtype), None
+    return (of_scaled / (temperature or 1.0)).astype(logits.dtype), None
 
 
 token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)

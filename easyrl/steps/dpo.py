@@ -212,8 +212,11 @@ def _objective(cfg: ModelConfig, mesh: Mesh, config: DPOConfig) -> Callable:
 
     def objective(params: dict, group: PackPlan, batch: AnswerBatch, counts) -> tuple[Array, dict[str, Mean]]:
         logprobs, lengths, entropy = answer_logprobs(params, cfg, group, batch.tokens, batch.mask, shard)
-        sides = ((x[::2], x[1::2]) for x in (logprobs, batch.ref_logprobs, lengths))
-        pairs = Pairs(*(side for both in sides for side in both))
+        ref = batch.ref_logprobs
+        pairs = Pairs(
+            chosen=logprobs[::2], rejected=logprobs[1::2], ref_chosen=ref[::2], ref_rejected=ref[1::2],
+            chosen_lengths=lengths[::2], rejected_lengths=lengths[1::2],
+        )  # fmt: skip
         here = (pairs.chosen_lengths > 0) & (pairs.rejected_lengths > 0)
         loss, metrics = dpo_loss(config.loss, pairs, here, **config.loss_kwargs)
         num_pairs, num_likely = counts

@@ -138,8 +138,10 @@ def _chunks_backward(cfg: ModelConfig, temperature: float, shard: Shard | None, 
     # A sum over rows that several devices share has to be the same on all of them after every chunk. So each part of
     # the rows that lies together has a sum of its own, and these are added up once.
     parts = shard.parts("batch") if shard else 1
-    apart = lambda x: x.reshape(C, parts, B // parts, *x.shape[2:])
-    hidden, targets, of_logprobs, of_entropies = map(apart, (hidden_CBSD, targets_CBS, *gradients))
+    in_parts = lambda x: x.reshape(C, parts, B // parts, *x.shape[2:])
+    hidden, targets, of_logprobs, of_entropies = map(in_parts, (hidden_CBSD, targets_CBS, *gradients))
+
+    keep_apart = lambda sums: _pinned(sums, cfg, shard, "batch", whole=True)
 
     def of_part(hidden_BSD, targets_BS, *gradients_BS):
         chunk = lambda head, hidden: token_logprobs(lm_logits(head, cfg, hidden), targets_BS, temperature)
@@ -150,7 +152,6 @@ def _chunks_backward(cfg: ModelConfig, temperature: float, shard: Shard | None, 
         of_heads, of_chunk = jax.vmap(of_part)(*(x[number] for x in (hidden, targets, of_logprobs, of_entropies)))
         return keep_apart(jax.tree.map(jnp.add, of_head, of_heads)), of_hidden.at[number].set(of_chunk)
 
-    keep_apart = lambda sums: _pinned(sums, cfg, shard, "batch", whole=True)
     of_head = jax.tree.map(lambda w: jnp.zeros((parts, *w.shape), jnp.float32), head)
     with jax.named_scope(CHUNKS):
         of_head, of_hidden = jax.lax.fori_loop(0, used, body, (keep_apart(of_head), jnp.zeros_like(hidden)))
