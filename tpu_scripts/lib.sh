@@ -46,7 +46,7 @@ flags:
   --network=NETWORK    empty: the default network
   --internal_ips       machines without public addresses; ssh goes through Google's tunnel
   --run=NAME           name of the run, for files; empty: the pod's
-  --bucket=gs://PATH   the run's folder is kept at PATH/RUN too, so that it outlives the pod
+  --bucket=gs://PATH   the run's folder is kept at PATH/RUN too, so that it outlives the pod; for run.sh a must
   --libtpu_args=ARGS   instead of those in lib.sh
   --every=SECONDS      between two looks at a pod (30)
   --failures=N         crashes after which run.sh gives up (3); preemptions do not count

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Gets a pod, starts a command on it, and looks after both until the run is complete: a pod that is preempted is made
-# anew, a run that crashed is started again. Then deletes the pod.
+# anew, a run that crashed is started again. Then deletes the pod; what the run wrote is in the bucket.
 #
 #     tpu_scripts/run.sh --name=NAME --type=v3-256 --zone=ZONE --spot --run=RUN --bucket=gs://BUCKET/runs -- python ...
 #
@@ -10,7 +10,7 @@
 # shellcheck source=tpu_scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 parse_flags "$@"
-need NAME TYPE
+need NAME TYPE BUCKET
 need_command
 
 if [[ -n $DRY_RUN ]]; then # the life of a run to which nothing happens

@@ -137,6 +137,7 @@ def test_it_can_be_interrupted_and_started_again(start):
     ("arguments", "message"),
     [
         (["create.sh", "--name=ppo"], "--type is missing"),
+        (["run.sh", "--name=ppo", "--type=v3-8", "--", "true"], "--bucket is missing"),
         (["create.sh", "--name=PPO", "--type=v3-8"], "--name=PPO: expected small letters"),
         (["create.sh", "--name=ppo", "--type=v9-8"], "--type=v9-8: no image is known for it"),
         (["create.sh", "--name=ppo", "--type=v3-8", "--spot", "--reserved"], "expected one of --spot and --reserved"),
