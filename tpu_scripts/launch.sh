@@ -8,4 +8,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 parse_flags "$@"
 need NAME
 need_command
+complete_command
+need_kept_output
 launch_run

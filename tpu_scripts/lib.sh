@@ -52,6 +52,7 @@ flags:
   --failures=N         crashes after which run.sh gives up (3); preemptions do not count
   --dry_run            print every gcloud command instead of running it
   -- COMMAND           what every machine runs, as in: -- python -m easyrl.train_ppo --config=...
+                       a trainer writes into runs/RUN, the folder that --bucket keeps
 EOF
 }
 
@@ -253,18 +254,40 @@ setup_pod() { # this checkout and its dependencies on every machine
   on_workers 'mkdir -p easyrl && tar -xzf easyrl.tar.gz -C easyrl && python3 -m pip install --quiet --user uv && cd easyrl && ~/.local/bin/uv venv --quiet --python 3.12 .venv && ~/.local/bin/uv pip install --quiet --python .venv/bin/python -e ".[tpu]"'
 }
 
+is_trainer() { [[ " ${COMMAND[*]} " == *' -m easyrl.train_'* ]]; } # whether COMMAND is one of ours
+
+value_of() { # value_of FLAG: what COMMAND gives it, as FLAG=VALUE or FLAG VALUE; status 1 where it gives nothing
+  local word before='' value
+  for word in "${COMMAND[@]}"; do
+    if [[ $word == "$1="* ]]; then
+      value=${word#*=}
+    elif [[ $before == "$1" ]]; then
+      value=$word
+    fi
+    before=$word
+  done
+  [[ -v value ]] && printf '%s\n' "$value"
+}
+
 complete_command() { # adds to a trainer's flags those that follow from the pod's, unless they are given
-  [[ " ${COMMAND[*]} " == *' -m easyrl.train_'* ]] || return 0
+  is_trainer || return 0
   local more=(--jax_distributed.initialize_jax_distributed=True "--output_dir=runs/$RUN") flag
   [[ -z $BUCKET ]] || more+=("--checkpoint_dir=$BUCKET/$RUN/checkpoints")
   for flag in "${more[@]}"; do
-    [[ " ${COMMAND[*]}" == *" ${flag%%=*}="* ]] || COMMAND+=("$flag")
+    value_of "${flag%%=*}" >/dev/null || COMMAND+=("$flag")
   done
+}
+
+need_kept_output() { # what a trainer writes elsewhere than in runs/RUN is not in the bucket, and goes with the pod
+  if [[ -z $BUCKET ]] || ! is_trainer; then return 0; fi
+  local output
+  output=$(value_of --output_dir) # complete_command has seen to it that there is one
+  [[ ${output%/} == "runs/$RUN" ]] ||
+    die 2 "--output_dir=$output: expected runs/$RUN, the folder that is kept in the bucket; --run gives it its name"
 }
 
 launch_run() { # starts COMMAND on every machine and returns
   local words args
-  complete_command
   printf -v words ' %q' "${COMMAND[@]}"
   args=${LIBTPU_ARGS[*]}
   on_workers "cd easyrl && RUN=$RUN BUCKET=$BUCKET LIBTPU_INIT_ARGS='$args' nohup bash tpu_scripts/worker.sh$words > /dev/null 2>&1 < /dev/null & sleep 1"

@@ -12,6 +12,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 parse_flags "$@"
 need NAME TYPE BUCKET
 need_command
+complete_command
+need_kept_output
 
 if [[ -n $DRY_RUN ]]; then # the life of a run to which nothing happens
   create_or_explain

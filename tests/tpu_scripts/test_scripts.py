@@ -123,6 +123,12 @@ def test_what_cannot_be_helped_ends_with_a_line(name, start):
     assert [kind for kind in kinds(start.calls()) if kind] == expected
 
 
+@pytest.mark.parametrize("given", [["--output_dir", "runs/x"], ["--output_dir=runs/x"]])
+def test_a_flag_that_is_given_is_not_added(given, start):
+    done = start("launch.sh", *POD, "--dry_run", *COMMAND, *given)
+    assert " ".join(given) in done.stdout and done.stdout.count("--output_dir") == 1
+
+
 def test_it_can_be_interrupted_and_started_again(start):
     """A second run.sh finds the pod and the run as they are."""
     arguments = ["run.sh", *POD, *RUN, "--type=v3-256", "--every=0", *COMMAND]
@@ -145,6 +151,11 @@ def test_it_can_be_interrupted_and_started_again(start):
         (["launch.sh", "--name=ppo", "--run=../x", "--", "true"], "--run=../x: expected letters"),
         (["launch.sh", "--name=ppo", "--bucket=s3://x", "--", "true"], "--bucket=s3://x: expected gs://BUCKET"),
         (["run.sh", "--name=ppo", "--type=v3-8", "--every=x", "--", "true"], "expected whole numbers"),
+        (
+            ["run.sh", "--type=v3-8", *POD, *RUN, *COMMAND, "--output_dir=runs/x"],
+            "--output_dir=runs/x: expected runs/tulu",
+        ),
+        (["launch.sh", *POD, *RUN, *COMMAND, "--output_dir", "x"], "--output_dir=x: expected runs/tulu"),
         (["logs.sh", "--names=ppo"], "--names=ppo: unknown"),
         (["gke_jobset.sh", "--name=ppo", "--", "true"], "--image is missing"),
         (["gke_jobset.sh", "--name=p", "--image=i", "--topology=4", "--", "true"], "--topology=4: expected chips"),
