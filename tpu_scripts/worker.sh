@@ -15,12 +15,29 @@ source .venv/bin/activate
 number=$(curl -s -H 'Metadata-Flavor: Google' \
   http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number || echo 0)
 copy() {
-  gcloud storage rsync --recursive --exclude='^(checkpoints/.*|status\..*|pid\..*)$' "$1" "$2" >/dev/null 2>&1 ||
-    echo "pod: cannot copy $1 to $2" >>"$folder/log.$host"
+  gcloud storage rsync --recursive --exclude='^(checkpoints/.*|status\..*|pid\..*)$' "$1" "$2" >/dev/null 2>&1 && return
+  echo "pod: cannot copy $1 to $2" >>"$folder/log.$host"
+  return 1
+}
+copy_every_minute() {
+  trap exit TERM # after the copy under way, so that none is behind the last one
+  while true; do
+    sleep 60 &
+    wait $!
+    copy "$folder" "$BUCKET/$RUN"
+  done
+}
+copy_at_last() { # a store may be away for some minutes
+  local pause
+  for pause in 0 10 60 300; do
+    sleep "$pause"
+    if copy "$folder" "$BUCKET/$RUN"; then return 0; fi
+  done
+  return 1
 }
 if [[ -n ${BUCKET:-} && $number == 0 ]]; then
   copy "$BUCKET/$RUN" "$folder"
-  while sleep 60; do copy "$folder" "$BUCKET/$RUN"; done &
+  copy_every_minute &
   copying=$!
 fi
 
@@ -32,7 +49,9 @@ status=$?
 if ((status == 0)) && tail -n 5 "$folder/log.$host" | grep -q ': stopped after step '; then status=stopped; fi
 if [[ -n ${copying:-} ]]; then
   kill "$copying"
-  copy "$folder" "$BUCKET/$RUN"
+  wait "$copying"
+  # With status 0 the pod may be deleted, and what is not in the bucket with it.
+  if ! copy_at_last && [[ $status == 0 ]]; then status=1; fi
 fi
 rm -f "$folder/pid.$host"
 echo "$status" >"$folder/status.$host"

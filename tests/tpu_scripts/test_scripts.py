@@ -219,30 +219,46 @@ def test_a_container_of_the_jobset_ends_as_its_run_does(body, status, start, tmp
     assert done.returncode == status, done.stderr
 
 
+def put_programs(folder, **bodies):
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+
+
+def work(folder, body, bucket=""):
+    """The status that worker.sh leaves in the folder of run x, for a command that is `body` in bash."""
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
+    put_programs(folder, curl="echo 0")
+    env = os.environ | {"RUN": "x", "BUCKET": bucket, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", SCRIPTS / "worker.sh", "bash", "-c", body]
+    subprocess.run(command, env=env, cwd=folder, stdin=subprocess.DEVNULL, timeout=30)
+    (status,) = (folder / "runs" / "x").glob("status.*")
+    return status.read_text().strip()
+
+
 @pytest.mark.parametrize(
     ("body", "status"), [("true", "0"), ("exit 3", "3"), ("echo 'SIGTERM: stopped after step 3, saved'", "stopped")]
 )
 def test_a_machine_keeps_log_and_exit_status(body, status, tmp_path):
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "activate").touch()
-    (tmp_path / "curl").write_text("#!/bin/sh\necho 0\n")
-    (tmp_path / "curl").chmod(0o755)
-    env = os.environ | {"RUN": "x", "BUCKET": "", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(["bash", SCRIPTS / "worker.sh", "bash", "-c", f"echo hi; {body}"], env=env, cwd=tmp_path, timeout=30)
-    (found,) = (tmp_path / "runs" / "x").glob("status.*")
-    assert found.read_text().strip() == status
+    assert work(tmp_path, f"echo hi; {body}") == status
     (log,) = (tmp_path / "runs" / "x").glob("log.*")
     assert log.read_text().startswith("hi\n")
     assert not list((tmp_path / "runs" / "x").glob("pid.*"))
 
 
+@pytest.mark.parametrize(("failing", "status", "copies"), [(0, "0", 2), (3, "0", 4), (9, "1", 5)])
+def test_a_run_is_not_complete_before_it_is_in_the_bucket(failing, status, copies, tmp_path):
+    """One copy from the bucket and one to it, which is tried three times more."""
+    gcloud = f"echo >>copies; [ $(wc -l <copies) -gt {failing} ]"
+    put_programs(tmp_path, gcloud=gcloud, sleep="[ $1 != 60 ] || exec /bin/sleep 5")
+    assert work(tmp_path, "true", bucket="gs://mine") == status
+    assert len((tmp_path / "copies").read_text().splitlines()) == copies
+
+
 def test_slurm_has_every_process_joined_and_a_stopped_run_queued_again(tmp_path):
-    for name, body in {
-        "srun": 'echo "$@"\necho "SIGTERM: stopped after step 3, saved"',
-        "scontrol": 'echo "$@" > asked',
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    stopped = "SIGTERM: stopped after step 3, saved"
+    put_programs(tmp_path, srun=f'echo "$@"\necho "{stopped}"', scontrol='echo "$@" > asked')
     env = os.environ | {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     command = ["bash", SCRIPTS / "slurm.sbatch", "python", "-m", "easyrl.train_sft", "--seed=1"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=30)
