@@ -293,8 +293,10 @@ launch_run() { # starts COMMAND on every machine and returns
   on_workers "cd easyrl && RUN=$RUN BUCKET=$BUCKET LIBTPU_INIT_ARGS='$args' nohup bash tpu_scripts/worker.sh$words > /dev/null 2>&1 < /dev/null & sleep 1"
 }
 
-run_states() { # one line a machine: running, stopped, or the exit status of its process
-  on_workers "cat easyrl/runs/$RUN/status.\$(hostname) 2>/dev/null || echo none"
+run_states() { # one line a machine: none, running, stopped, or the exit status of its process
+  local look="read -r state pid <easyrl/runs/$RUN/status.\$(hostname) || state=none; "
+  look+="[ \$state != running ] || kill -0 \$pid || state=137; " # as if killed, which it was if the machine restarted
+  on_workers "${look}echo \$state"
 }
 
 status_of_run() { # RUNNING, DONE, STOPPED (asked to end, and saved), WRONG (a wrong command) or CRASHED

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Runs a command on one machine of a pod, and leaves its log, process id and exit status in runs/$RUN. launch.sh starts
 # it in the checkout, on every machine.
+#
+# Until there is an exit status, `running` stands for it, with the process id of this script, which outlives the command
+# by a copy: a machine that restarts keeps the file and loses the process.
 
 set -uo pipefail
 folder=runs/$RUN
 host=$(hostname)
 mkdir -p "$folder"
-echo running >"$folder/status.$host"
+echo "running $$" >"$folder/status.$host"
 # shellcheck disable=SC1091  # made by setup.sh
 source .venv/bin/activate
 
@@ -45,6 +48,7 @@ fi
 echo $! >"$folder/pid.$host"
 wait $!
 status=$?
+rm -f "$folder/pid.$host"
 # A run that was asked to end has saved and exits with 0, as one does that is complete: its last line tells them apart.
 if ((status == 0)) && tail -n 5 "$folder/log.$host" | grep -q ': stopped after step '; then status=stopped; fi
 if [[ -n ${copying:-} ]]; then
@@ -53,5 +57,4 @@ if [[ -n ${copying:-} ]]; then
   # With status 0 the pod may be deleted, and what is not in the bucket with it.
   if ! copy_at_last && [[ $status == 0 ]]; then status=1; fi
 fi
-rm -f "$folder/pid.$host"
 echo "$status" >"$folder/status.$host"

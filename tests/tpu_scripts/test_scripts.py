@@ -5,6 +5,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -225,13 +226,19 @@ def put_programs(folder, **bodies):
         (folder / name).chmod(0o755)
 
 
-def work(folder, body, bucket=""):
-    """The status that worker.sh leaves in the folder of run x, for a command that is `body` in bash."""
+def make_checkout(folder):
+    """What setup.sh leaves on a machine, as far as worker.sh is concerned."""
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
+    (folder / "tpu_scripts").symlink_to(SCRIPTS)
+
+
+def work(folder, body, bucket=""):
+    """The status that worker.sh leaves in the folder of run x, for a command that is `body` in bash."""
+    make_checkout(folder)
     put_programs(folder, curl="echo 0")
     env = os.environ | {"RUN": "x", "BUCKET": bucket, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    command = ["bash", SCRIPTS / "worker.sh", "bash", "-c", body]
+    command = ["bash", "tpu_scripts/worker.sh", "bash", "-c", body]
     subprocess.run(command, env=env, cwd=folder, stdin=subprocess.DEVNULL, timeout=30)
     (status,) = (folder / "runs" / "x").glob("status.*")
     return status.read_text().strip()
@@ -254,6 +261,43 @@ def test_a_run_is_not_complete_before_it_is_in_the_bucket(failing, status, copie
     put_programs(tmp_path, gcloud=gcloud, sleep="[ $1 != 60 ] || exec /bin/sleep 5")
     assert work(tmp_path, "true", bucket="gs://mine") == status
     assert len((tmp_path / "copies").read_text().splitlines()) == copies
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """`machine(script, *arguments)` runs a script for run x on a pod of one machine, and here what ssh is to run there.
+
+    `machine.state()` is what run.sh sees of the run, and `machine.folder` where the machine has it.
+    """
+    make_checkout(tmp_path / "easyrl")
+    gcloud = 'for word; do case $word in --command=*) exec bash -c "${word#*=}" ;; esac; done'
+    put_programs(tmp_path, curl="echo 0", gcloud=gcloud)
+    env = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+
+    def bash(*words):
+        return subprocess.run(
+            ["bash", *words], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=30
+        ).stdout
+
+    def machine(script, *arguments):
+        return bash(SCRIPTS / script, "--name=ppo", "--run=x", *arguments)
+
+    look = f"source {SCRIPTS}/lib.sh; parse_flags --name=ppo --run=x; status_of_run"
+    machine.state = lambda: bash("-c", look).strip()
+    machine.folder = tmp_path / "easyrl" / "runs" / "x"
+    return machine
+
+
+def test_a_run_is_running_while_its_process_is_there(machine):
+    """Where a machine has restarted, the file says that it runs, and nothing does."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    machine.folder.mkdir(parents=True)
+    states = []
+    for pid in (os.getpid(), ended.pid):
+        (machine.folder / f"status.{socket.gethostname()}").write_text(f"running {pid}\n")
+        states.append(machine.state())
+    assert states == ["RUNNING", "CRASHED"]
 
 
 def test_slurm_has_every_process_joined_and_a_stopped_run_queued_again(tmp_path):
