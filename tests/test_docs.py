@@ -137,6 +137,30 @@ def test_command_is_one_that_runs(command, monkeypatch):
             pytest.fail(f"no check knows the command {words[0]}")
 
 
+def ppo_runs():
+    """Arguments of train_ppo, and YAML for it, as shown for models of the reader's own by the pages and configs/."""
+    for command in commands():
+        match words_of(command.values[0]):
+            case ["python", "-m", "easyrl.train_ppo", *arguments]:
+                if "load_checkpoint_policy" in command.values[0]:
+                    yield pytest.param(arguments, "", id=command.id)
+    shown = [(path.name, path.read_text(encoding="utf-8")) for path in sorted((REPO / "configs").glob("*.yaml"))]
+    shown += [(page_id(page), text) for page in PAGES for language, text in fences(page) if language == "yaml"]
+    for name, text in shown:
+        if "load_checkpoint_policy" in text:
+            yield pytest.param([], text, id=name)
+
+
+@pytest.mark.parametrize(("arguments", "text"), list(ppo_runs()))
+def test_ppo_as_shown_updates_with_more_than_one_response(arguments, text, tmp_path, monkeypatch):
+    """--mini_batch_size has to be set: its default is EasyLM's."""
+    monkeypatch.chdir(REPO)
+    if text:
+        (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+        arguments = [f"--config={tmp_path / 'x.yaml'}"]
+    assert load_config(scripts()["easyrl.train_ppo"], arguments).mini_batch_size > 1
+
+
 def test_there_are_commands():
     assert len(commands()) >= 5
 
