@@ -299,20 +299,37 @@ run_states() { # one line a machine: none, running, stopped, or the exit status 
   on_workers "${look}echo \$state"
 }
 
-status_of_run() { # RUNNING, DONE, STOPPED (asked to end, and saved), WRONG (a wrong command) or CRASHED
-  local states
-  if ! states=$(run_states 2>/dev/null); then
-    echo UNREACHABLE
-    return
+status_of_run() { # NEW, RUNNING, DONE, STOPPED (asked to end, and saved), WRONG (a wrong command), CRASHED or UNREACHABLE
+  local states state all=0 running=0 wrong=0 none=0 stopped=0 failed=0
+  states=$(run_states 2>/dev/null) || states=''
+  for state in $states; do
+    all=$((all + 1))
+    case $state in
+      running) running=$((running + 1)) ;;
+      none) none=$((none + 1)) ;;
+      stopped) stopped=$((stopped + 1)) ;;
+      0) ;;
+      2) wrong=$((wrong + 1)) ;;
+      *) failed=$((failed + 1)) ;;
+    esac
+  done
+  if ((all == 0)); then
+    echo UNREACHABLE # no answer is not a good one
+  elif ((running)); then
+    echo RUNNING # those that have ended take the others with them
+  elif ((wrong)); then
+    echo WRONG
+  elif ((none == all)); then
+    echo NEW
+  elif ((none)); then
+    echo CRASHED
+  elif ((stopped)); then
+    echo STOPPED # machines that were then taken away may say that they failed
+  elif ((failed)); then
+    echo CRASHED
+  else
+    echo DONE
   fi
-  case " $(tr '\n' ' ' <<<"$states")" in
-    *' running '*) echo RUNNING ;;
-    *' 2 '*) echo WRONG ;;
-    *' none '*) echo CRASHED ;;
-    *' stopped '*) echo STOPPED ;;
-    *' '[1-9]*) echo CRASHED ;;
-    *) echo DONE ;;
-  esac
 }
 
 show_logs() { # show_logs [tail's options]: the end of every machine's log, each line with the machine's name

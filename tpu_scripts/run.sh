@@ -44,6 +44,11 @@ while true; do
       ;;
   esac
   case $(status_of_run) in
+    NEW)
+      say "setting up $NAME"
+      setup_pod
+      launch_run
+      ;;
     RUNNING) ;;
     DONE)
       say "$RUN is complete: deleting $NAME"
@@ -63,20 +68,13 @@ while true; do
       say "the machines of $NAME do not answer"
       ;;
     CRASHED)
-      # Not grep -q: it ends at once, and what still writes to it then fails the whole line.
-      started=$(run_states 2>/dev/null | grep -vx none || true)
-      if [[ -n $started ]]; then
-        failures=$((failures + 1))
-        show_logs -n 20 >&2 || true
-        if ((failures >= FAILURES)); then
-          die "$FAILED_STATUS" "$RUN has failed $failures times; $NAME is left as it is"
-        fi
-        say "$RUN has failed ($failures of $FAILURES): starting it again"
-        stop_run || true
-      else
-        say "setting up $NAME"
-        setup_pod
+      failures=$((failures + 1))
+      show_logs -n 20 >&2 || true
+      if ((failures >= FAILURES)); then
+        die "$FAILED_STATUS" "$RUN has failed $failures times; $NAME is left as it is"
       fi
+      say "$RUN has failed ($failures of $FAILURES): starting it again"
+      stop_run || true
       launch_run
       ;;
   esac

@@ -300,6 +300,25 @@ def test_a_run_is_running_while_its_process_is_there(machine):
     assert states == ["RUNNING", "CRASHED"]
 
 
+@pytest.mark.parametrize(
+    ("machines", "state"),
+    [
+        ("none none", "NEW"),
+        ("running 1", "RUNNING"),
+        ("0 0", "DONE"),
+        ("stopped 0", "STOPPED"),
+        ("137 stopped 0", "STOPPED"),
+        ("0 134", "CRASHED"),
+        ("0 none", "CRASHED"),
+        ("1 2", "WRONG"),
+        ("", "UNREACHABLE"),
+    ],
+)
+def test_the_state_of_a_run_is_that_of_its_machines_together(machines, state):
+    words = f"source {SCRIPTS}/lib.sh; run_states() {{ printf '%s\\n' {machines}; }}; status_of_run"
+    assert subprocess.run(["bash", "-c", words], capture_output=True, text=True).stdout == f"{state}\n"
+
+
 def test_slurm_has_every_process_joined_and_a_stopped_run_queued_again(tmp_path):
     stopped = "SIGTERM: stopped after step 3, saved"
     put_programs(tmp_path, srun=f'echo "$@"\necho "{stopped}"', scontrol='echo "$@" > asked')
