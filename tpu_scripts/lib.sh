@@ -287,10 +287,11 @@ need_kept_output() { # what a trainer writes elsewhere than in runs/RUN is not i
 }
 
 launch_run() { # starts COMMAND on every machine and returns
-  local words args
+  local words start
   printf -v words ' %q' "${COMMAND[@]}"
-  args=${LIBTPU_ARGS[*]}
-  on_workers "cd easyrl && RUN=$RUN BUCKET=$BUCKET LIBTPU_INIT_ARGS='$args' nohup bash tpu_scripts/worker.sh$words > /dev/null 2>&1 < /dev/null & sleep 1"
+  start="cd easyrl && RUN=$RUN BUCKET=$BUCKET LIBTPU_INIT_ARGS='${LIBTPU_ARGS[*]}' nohup bash tpu_scripts/worker.sh$words"
+  # ssh waits for whatever holds its output, the shell in the background too.
+  on_workers "($start) > /dev/null 2>&1 < /dev/null & sleep 1"
 }
 
 run_states() { # one line a machine: none, running, stopped, or the exit status of its process

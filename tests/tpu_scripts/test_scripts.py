@@ -300,6 +300,12 @@ def test_a_run_is_running_while_its_process_is_there(machine):
     assert states == ["RUNNING", "CRASHED"]
 
 
+def test_launch_returns_while_the_command_runs(machine):
+    """Here, too, its output is a pipe, which ends when nobody can write to it any more."""
+    machine("launch.sh", "--", "sleep", "5")
+    assert machine.state() == "RUNNING"
+
+
 @pytest.mark.parametrize(
     ("machines", "state"),
     [
