@@ -10,6 +10,8 @@ set -euo pipefail
 FAILED_STATUS=1 # what was asked for has failed
 TAKEN_STATUS=3  # the name is taken
 QUOTA_STATUS=4  # the quota does not allow the pod
+# shellcheck disable=SC2034  # for run.sh
+ENDED_STATUS=5 # stop.sh has ended the run
 
 # What libtpu and XLA are told, each with its reason. Override it all with --libtpu_args.
 LIBTPU_ARGS=(
@@ -294,20 +296,23 @@ launch_run() { # starts COMMAND on every machine and returns
   on_workers "($start) > /dev/null 2>&1 < /dev/null & sleep 1"
 }
 
-run_states() { # one line a machine: none, running, stopped, or the exit status of its process
+run_states() { # one line a machine: none, running, ended, stopped, or the exit status of its process
   local look="read -r state pid <easyrl/runs/$RUN/status.\$(hostname) || state=none; "
   look+="[ \$state != running ] || kill -0 \$pid || state=137; " # as if killed, which it was if the machine restarted
   on_workers "${look}echo \$state"
 }
 
-status_of_run() { # NEW, RUNNING, DONE, STOPPED (asked to end, and saved), WRONG (a wrong command), CRASHED or UNREACHABLE
-  local states state all=0 running=0 wrong=0 none=0 stopped=0 failed=0
+# NEW, RUNNING, DONE, ENDED (by stop.sh), STOPPED (asked to end by something else, and saved), WRONG (a wrong command),
+# CRASHED or UNREACHABLE
+status_of_run() {
+  local states state all=0 running=0 wrong=0 none=0 ended=0 stopped=0 failed=0
   states=$(run_states 2>/dev/null) || states=''
   for state in $states; do
     all=$((all + 1))
     case $state in
       running) running=$((running + 1)) ;;
       none) none=$((none + 1)) ;;
+      ended) ended=$((ended + 1)) ;;
       stopped) stopped=$((stopped + 1)) ;;
       0) ;;
       2) wrong=$((wrong + 1)) ;;
@@ -320,6 +325,8 @@ status_of_run() { # NEW, RUNNING, DONE, STOPPED (asked to end, and saved), WRONG
     echo RUNNING # those that have ended take the others with them
   elif ((wrong)); then
     echo WRONG
+  elif ((ended)); then
+    echo ENDED
   elif ((none == all)); then
     echo NEW
   elif ((none)); then
@@ -337,6 +344,6 @@ show_logs() { # show_logs [tail's options]: the end of every machine's log, each
   on_workers "tail $* easyrl/runs/$RUN/log.\$(hostname) | sed -u \"s/^/\$(hostname): /\""
 }
 
-stop_run() { # SIGTERM to the process of every machine: it saves, and ends
-  on_workers "kill -TERM \$(cat easyrl/runs/$RUN/pid.\$(hostname)) || true"
+stop_run() { # SIGTERM to the process of every machine: it saves, and ends; the file tells worker.sh who asked
+  on_workers "cd easyrl/runs/$RUN && touch end.\$(hostname) && kill -TERM \$(cat pid.\$(hostname)) || true"
 }

@@ -5,7 +5,8 @@
 #     tpu_scripts/run.sh --name=NAME --type=v3-256 --zone=ZONE --spot --run=RUN --bucket=gs://BUCKET/runs -- python ...
 #
 # Exit status 0: the run is complete. 1: it has failed --failures times. 2: the command is wrong. 3: the name belongs to
-# something else. 4: the quota does not allow the pod. It may be stopped (Ctrl-C) and started again at any time.
+# something else. 4: the quota does not allow the pod. 5: stop.sh has ended the run. It may be stopped (Ctrl-C) and
+# started again at any time.
 
 # shellcheck source=tpu_scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -25,7 +26,7 @@ if [[ -n $DRY_RUN ]]; then # the life of a run to which nothing happens
   exit
 fi
 
-failures=0
+failures=0 looked=''
 while true; do
   case $(pod_state) in
     NONE)
@@ -60,6 +61,14 @@ while true; do
       show_logs -n 5 >&2 || true
       die 2 "the command of $RUN is wrong; $NAME is left as it is"
       ;;
+    ENDED) # on our first look: before we were started, to go on with it
+      if [[ -n $looked ]]; then
+        say "stop.sh has ended $RUN; $NAME is left as it is"
+        exit "$ENDED_STATUS"
+      fi
+      say "going on with $RUN, which stop.sh had ended"
+      launch_run
+      ;;
     STOPPED)
       say "$RUN was asked to end: starting it again"
       launch_run
@@ -78,5 +87,6 @@ while true; do
       launch_run
       ;;
   esac
+  looked=yes
   sleep "$EVERY"
 done

@@ -3,12 +3,14 @@
 # it in the checkout, on every machine.
 #
 # Until there is an exit status, `running` stands for it, with the process id of this script, which outlives the command
-# by a copy: a machine that restarts keeps the file and loses the process.
+# by a copy: a machine that restarts keeps the file and loses the process. For a command that was asked to end it is
+# `ended` if stop.sh did that, and else `stopped`.
 
 set -uo pipefail
 folder=runs/$RUN
 host=$(hostname)
 mkdir -p "$folder"
+rm -f "$folder/end.$host"
 echo "running $$" >"$folder/status.$host"
 # shellcheck disable=SC1091  # made by setup.sh
 source .venv/bin/activate
@@ -18,7 +20,7 @@ source .venv/bin/activate
 number=$(curl -s -H 'Metadata-Flavor: Google' \
   http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number || echo 0)
 copy() {
-  gcloud storage rsync --recursive --exclude='^(checkpoints/.*|status\..*|pid\..*)$' "$1" "$2" >/dev/null 2>&1 && return
+  gcloud storage rsync --recursive --exclude='^(checkpoints/.*|(status|pid|end)\..*)$' "$1" "$2" >/dev/null 2>&1 && return
   echo "pod: cannot copy $1 to $2" >>"$folder/log.$host"
   return 1
 }
@@ -44,6 +46,7 @@ if [[ -n ${BUCKET:-} && $number == 0 ]]; then
   copying=$!
 fi
 
+if [[ -e $folder/end.$host ]]; then set -- false; fi # stop.sh was faster
 "$@" >>"$folder/log.$host" 2>&1 &
 echo $! >"$folder/pid.$host"
 wait $!
@@ -51,6 +54,7 @@ status=$?
 rm -f "$folder/pid.$host"
 # A run that was asked to end has saved and exits with 0, as one does that is complete: its last line tells them apart.
 if ((status == 0)) && tail -n 5 "$folder/log.$host" | grep -q ': stopped after step '; then status=stopped; fi
+if [[ $status != 0 && -e $folder/end.$host ]]; then status=ended; fi
 if [[ -n ${copying:-} ]]; then
   kill "$copying"
   wait "$copying"

@@ -5,9 +5,11 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,15 @@ def test_what_cannot_be_helped_ends_with_a_line(name, start):
     assert done.returncode == status
     assert f"pod: error: {message}" in done.stderr.splitlines()[-1]
     assert [kind for kind in kinds(start.calls()) if kind] == expected
+
+
+def test_stop_sh_ends_run_sh_too_and_run_sh_started_again_goes_on(start):
+    arguments = ["run.sh", *POD, *RUN, "--type=v3-256", "--every=0", *COMMAND]
+    done = start(*arguments, runs="ended done")
+    assert done.returncode == 5
+    assert done.stderr.splitlines()[-1] == "pod: stop.sh has ended tulu; ppo is left as it is"
+    assert start(*arguments, runs="ended done").returncode == 0
+    assert [kind for kind in kinds(start.calls()) if kind] == [*BORN, "launch", "delete"]
 
 
 @pytest.mark.parametrize("given", [["--output_dir", "runs/x"], ["--output_dir=runs/x"]])
@@ -258,7 +269,7 @@ def test_a_machine_keeps_log_and_exit_status(body, status, tmp_path):
 def test_a_run_is_not_complete_before_it_is_in_the_bucket(failing, status, copies, tmp_path):
     """One copy from the bucket and one to it, which is tried three times more."""
     gcloud = f"echo >>copies; [ $(wc -l <copies) -gt {failing} ]"
-    put_programs(tmp_path, gcloud=gcloud, sleep="[ $1 != 60 ] || exec /bin/sleep 5")
+    put_programs(tmp_path, gcloud=gcloud, sleep="[ $1 != 60 ] || exec /bin/sleep 1")
     assert work(tmp_path, "true", bucket="gs://mine") == status
     assert len((tmp_path / "copies").read_text().splitlines()) == copies
 
@@ -306,12 +317,41 @@ def test_launch_returns_while_the_command_runs(machine):
     assert machine.state() == "RUNNING"
 
 
+@pytest.mark.parametrize(("by", "state"), [("stop.sh", "ENDED"), ("maintenance", "STOPPED")])
+def test_a_machine_knows_whether_stop_sh_has_ended_its_run(by, state, machine):
+    trap = "trap 'echo SIGTERM: stopped after step 3, saved; exit' TERM"
+    machine("launch.sh", "--", "bash", "-c", f"{trap}; echo ready; sleep 5 & wait")
+    wait_until(lambda: "ready" in "".join(log.read_text() for log in machine.folder.glob("log.*")))
+    assert machine.state() == "RUNNING"
+    if by == "stop.sh":
+        machine("stop.sh")
+    else:
+        (pid,) = machine.folder.glob("pid.*")
+        os.kill(int(pid.read_text()), signal.SIGTERM)
+    wait_until(lambda: machine.state() != "RUNNING")
+    assert machine.state() == state
+
+
+def test_a_command_that_stop_sh_has_ended_before_it_starts_does_not_start(tmp_path):
+    put_programs(tmp_path, gcloud="touch runs/x/end.$(hostname)")  # during the copy from the bucket
+    assert work(tmp_path, "touch started", bucket="gs://mine") == "ended"
+    assert not (tmp_path / "started").exists()
+
+
+def wait_until(condition):
+    limit = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     ("machines", "state"),
     [
         ("none none", "NEW"),
         ("running 1", "RUNNING"),
         ("0 0", "DONE"),
+        ("ended 0", "ENDED"),
         ("stopped 0", "STOPPED"),
         ("137 stopped 0", "STOPPED"),
         ("0 134", "CRASHED"),
