@@ -60,7 +60,7 @@ EOF
 
 parse_flags() { # sets NAME, TYPE, ... and COMMAND from the command line
   NAME='' TYPE='' ZONE='' PROJECT='' PRICING='' VERSION='' NETWORK='' INTERNAL_IPS='' RUN='' BUCKET='' DRY_RUN=''
-  EVERY=30 FAILURES=3 COMMAND=()
+  EVERY=30 FAILURES=3 TUNNEL=() COMMAND=()
   local libtpu=''
   while (($#)); do
     case $1 in
@@ -74,7 +74,10 @@ parse_flags() { # sets NAME, TYPE, ... and COMMAND from the command line
         ;;
       --version=*) VERSION=${1#*=} ;;
       --network=*) NETWORK=${1#*=} ;;
-      --internal_ips) INTERNAL_IPS=yes ;;
+      --internal_ips)
+        INTERNAL_IPS=yes
+        TUNNEL=(--tunnel-through-iap)
+        ;;
       --run=*) RUN=${1#*=} ;;
       --bucket=*) BUCKET=${1#*=} ;;
       --libtpu_args=*) libtpu=${1#*=} ;;
@@ -235,25 +238,20 @@ delete_pod() { # the node and the request for it
 # ---------------------------------------------------------------- machines
 
 on_workers() { # on_workers COMMAND: by ssh, on all machines at once
-  local tunnel=()
-  [[ -z $INTERNAL_IPS ]] || tunnel=(--tunnel-through-iap)
-  cloud compute tpus tpu-vm ssh "$NAME" --worker=all --batch-size=all "${tunnel[@]}" --quiet "--command=$1"
+  cloud compute tpus tpu-vm ssh "$NAME" --worker=all --batch-size=all "${TUNNEL[@]}" --quiet "--command=$1"
 }
 
 setup_pod() { # this checkout and its dependencies on every machine
-  local tunnel=() source
-  [[ -z $INTERNAL_IPS ]] || tunnel=(--tunnel-through-iap)
+  local source archive=${TMPDIR:-/tmp}/easyrl.tar.gz
   source=$(git -C "$(dirname "${BASH_SOURCE[0]}")" rev-parse --show-toplevel)
-  local archive=${TMPDIR:-/tmp}/easyrl.tar.gz
   if [[ -n $DRY_RUN ]]; then
     printf 'git archive --output=easyrl.tar.gz HEAD\n'
     archive=easyrl.tar.gz
   else
     git -C "$source" archive --output="$archive" HEAD
   fi
-  cloud compute tpus tpu-vm scp "$archive" "$NAME:easyrl.tar.gz" --worker=all "${tunnel[@]}" --quiet
-  # Ubuntu 22.04 has Python 3.10; uv brings a newer one without asking for root.
-  on_workers 'mkdir -p easyrl && tar -xzf easyrl.tar.gz -C easyrl && python3 -m pip install --quiet --user uv && cd easyrl && ~/.local/bin/uv venv --quiet --python 3.12 .venv && ~/.local/bin/uv pip install --quiet --python .venv/bin/python -e ".[tpu]"'
+  cloud compute tpus tpu-vm scp "$archive" "$NAME:easyrl.tar.gz" --worker=all "${TUNNEL[@]}" --quiet
+  on_workers 'mkdir -p easyrl && tar -xzf easyrl.tar.gz -C easyrl && cd easyrl && bash tpu_scripts/worker_setup.sh'
 }
 
 is_trainer() { [[ " ${COMMAND[*]} " == *' -m easyrl.train_'* ]]; } # whether COMMAND is one of ours
@@ -291,7 +289,8 @@ need_kept_output() { # what a trainer writes elsewhere than in runs/RUN is not i
 launch_run() { # starts COMMAND on every machine and returns
   local words start
   printf -v words ' %q' "${COMMAND[@]}"
-  start="cd easyrl && RUN=$RUN BUCKET=$BUCKET LIBTPU_INIT_ARGS='${LIBTPU_ARGS[*]}' nohup bash tpu_scripts/worker.sh$words"
+  start="cd easyrl && RUN=$RUN BUCKET=$BUCKET LIBTPU_INIT_ARGS='${LIBTPU_ARGS[*]}' "
+  start+="nohup bash tpu_scripts/worker.sh$words"
   # ssh waits for whatever holds its output, the shell in the background too.
   on_workers "($start) > /dev/null 2>&1 < /dev/null & sleep 1"
 }

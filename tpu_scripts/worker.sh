@@ -20,7 +20,8 @@ source .venv/bin/activate
 number=$(curl -s -H 'Metadata-Flavor: Google' \
   http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number || echo 0)
 copy() {
-  gcloud storage rsync --recursive --exclude='^(checkpoints/.*|(status|pid|end)\..*)$' "$1" "$2" >/dev/null 2>&1 && return
+  local exclude='^(checkpoints/.*|(status|pid|end)\..*)$'
+  if gcloud storage rsync --recursive "--exclude=$exclude" "$1" "$2" >/dev/null 2>&1; then return 0; fi
   echo "pod: cannot copy $1 to $2" >>"$folder/log.$host"
   return 1
 }

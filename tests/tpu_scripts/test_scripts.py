@@ -76,7 +76,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(name, start):
 def kinds(calls):
     """What each call is about, in one word, without the looks at a state."""
     words = {
-        " create ": "create", " delete ": "delete", " scp ": "copy", "uv pip": "setup", "worker.sh": "launch",
+        " create ": "create", " delete ": "delete", " scp ": "copy", "worker_setup.sh": "setup", "worker.sh": "launch",
         "tail -n": "logs", "kill -TERM": "stop",
     }  # fmt: skip
     return [next((word for part, word in words.items() if part in call), "") for call in calls]
@@ -297,6 +297,16 @@ def machine(tmp_path):
     machine.state = lambda: bash("-c", look).strip()
     machine.folder = tmp_path / "easyrl" / "runs" / "x"
     return machine
+
+
+def test_a_machine_may_be_set_up_again(tmp_path):
+    """As when what is committed has changed. uv makes no environment where there is one, unless it is told to."""
+    make_checkout(tmp_path)
+    (tmp_path / ".local" / "bin").mkdir(parents=True)
+    put_programs(tmp_path, python3="true")
+    put_programs(tmp_path / ".local" / "bin", uv='case "$*" in pip*|*--allow-existing*) ;; *) exit 2 ;; esac')
+    env = os.environ | {"HOME": str(tmp_path), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    assert subprocess.run(["bash", "tpu_scripts/worker_setup.sh"], env=env, cwd=tmp_path).returncode == 0
 
 
 def test_a_run_is_running_while_its_process_is_there(machine):
