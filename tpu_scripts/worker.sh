@@ -48,13 +48,16 @@ if [[ -n ${BUCKET:-} && $number == 0 ]]; then
 fi
 
 if [[ -e $folder/end.$host ]]; then set -- false; fi # stop.sh was faster
+touch "$folder/log.$host"
+earlier=$(wc -c <"$folder/log.$host")
 "$@" >>"$folder/log.$host" 2>&1 &
 echo $! >"$folder/pid.$host"
 wait $!
 status=$?
 rm -f "$folder/pid.$host"
 # A run that was asked to end has saved and exits with 0, as one does that is complete: its last line tells them apart.
-if ((status == 0)) && tail -n 5 "$folder/log.$host" | grep -q ': stopped after step '; then status=stopped; fi
+last=$(tail -c +$((earlier + 1)) "$folder/log.$host" | tail -n 5)
+if [[ $status == 0 && $last == *': stopped after step '* ]]; then status=stopped; fi
 if [[ $status != 0 && -e $folder/end.$host ]]; then status=ended; fi
 if [[ -n ${copying:-} ]]; then
   kill "$copying"

@@ -246,7 +246,8 @@ def make_checkout(folder):
 
 def work(folder, body, bucket=""):
     """The status that worker.sh leaves in the folder of run x, for a command that is `body` in bash."""
-    make_checkout(folder)
+    if not (folder / ".venv").exists():
+        make_checkout(folder)
     put_programs(folder, curl="echo 0")
     env = os.environ | {"RUN": "x", "BUCKET": bucket, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     command = ["bash", "tpu_scripts/worker.sh", "bash", "-c", body]
@@ -263,6 +264,12 @@ def test_a_machine_keeps_log_and_exit_status(body, status, tmp_path):
     (log,) = (tmp_path / "runs" / "x").glob("log.*")
     assert log.read_text().startswith("hi\n")
     assert not list((tmp_path / "runs" / "x").glob("pid.*"))
+
+
+def test_a_run_that_was_stopped_once_is_not_taken_for_stopped_when_it_is_complete(tmp_path):
+    """Its log goes on where it was."""
+    assert work(tmp_path, "echo 'SIGTERM: stopped after step 3, saved'") == "stopped"
+    assert work(tmp_path, "echo complete") == "0"
 
 
 @pytest.mark.parametrize(("failing", "status", "copies"), [(0, "0", 2), (3, "0", 4), (9, "1", 5)])
