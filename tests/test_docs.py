@@ -178,6 +178,15 @@ def test_every_flag_exists(page):
     assert not sorted(shown - known - COMMON - OF_PARITY - OF_PODS)
 
 
+def test_a_run_goes_on_with_the_flags_that_reliability_says_and_no_others():
+    specs = {spec.name: spec for spec in flag_specs(scripts()["easyrl.train_ppo"])}
+    text = (REPO / "docs" / "reliability.md").read_text(encoding="utf-8")
+    free = re.findall(r"--(\w+)", " ".join(re.findall(r"^\|(.*)\| it goes on \|", text, flags=re.MULTILINE)))
+    bound = re.findall(r"^\|.*\| refused.*\| `--allow_config_change=([\w.]+)`", text, flags=re.MULTILINE)
+    assert free and all(specs[name].may_change for name in free)
+    assert bound and not any(specs[name].may_change for name in bound)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_link_leads_somewhere(page):
     for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", prose(page)):
