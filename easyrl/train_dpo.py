@@ -265,7 +265,7 @@ def online_pairs(
     sample = Sampler(
         start.model.cfg, config.sampling, stop_ids=stop_ids_of(start.model, start.template, config.stop_ids),
         pad_id=pad_id(start.tokenizer), logprob_space="model", num_samples=EACH,
-        decode_rows=config.decode_rows, mesh=mesh,
+        decode_rows=config.decode_rows, mesh=mesh, rows=config.micro_batch_size,
     )  # fmt: skip
     num_responses = EACH * config.train_dataset.batch_size
     judges = sources.load(mesh, dtype=dtype, batch_size=num_responses, rows=config.micro_batch_size)

@@ -274,6 +274,7 @@ def main(config: Config) -> None:
     sample = Sampler(
         policy.cfg, config.sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), logprob_space=config.logprob_space,
         num_samples=config.rollouts_per_prompt, decode_rows=config.decode_rows, mesh=mesh,
+        rows=config.micro_batch_size,
     )  # fmt: skip
     forward = functools.partial(make_forward(policy.cfg, reference.cfg, value.cfg, config, mesh), bottom=frozen.bottom)
     finish = make_finish(config, mesh)

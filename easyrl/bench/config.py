@@ -32,7 +32,7 @@ class ModelBenchConfig(BenchConfig):
     remat: str = flag("none", "What the backward pass recomputes.", choices=("none", "dots", "full"))
     micro_batch_size: int = flag(
         0,
-        "Packed rows in one forward and backward pass; a multiple of dp x fsdp. 0: enough for 1,024 tokens a device.",
+        "Packed rows that go through a model at once; a multiple of dp x fsdp. 0: enough for 1,024 tokens a device.",
         least=0,
     )
     warmup: int = flag(2, "Laps that are not counted, compilation among them.", least=1)

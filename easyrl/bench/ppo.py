@@ -97,7 +97,7 @@ def main(config: Config) -> None:
         optimizer = make_optimizer(OptimizerConfig(clip_gradient=0.0), make_schedule("constant", config.lr, 1))
         sample = Sampler(
             cfg, SamplingConfig(max_new_tokens=new_tokens), stop_ids=(END,) if real else (),
-            decode_rows=config.decode_rows, mesh=mesh,
+            decode_rows=config.decode_rows, mesh=mesh, rows=config.micro_batch_size,
         )  # fmt: skip
         forward, finish = make_forward(cfg, cfg, cfg, PPO, mesh), make_finish(PPO, mesh)
         update = make_update(cfg, cfg, PPO, optimizer, optimizer, mesh)

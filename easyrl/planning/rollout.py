@@ -45,7 +45,7 @@ def sampling_phase(
     host = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     # Of the shapes that groups of prompts may have, the one for the bulk.
-    rows, length = prompt_shapes(N // shards, P)[0]
+    rows, length = prompt_shapes(N // shards, P, config.micro_batch_size // shards)[0]
     shape = Shape(shards * rows, length)
     loops = decode_loops(B, shards, P, C, may_end=True, at_once=config.decode_rows)
     flops = ForwardFlops(cfg)

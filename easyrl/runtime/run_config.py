@@ -41,7 +41,7 @@ class RunConfig:
         "", "Folder of the run; given again, the run goes on. Empty: runs/<script>-<date>-<time>.", may_change=True
     )
     micro_batch_size: int = flag(
-        0, "Packed rows in one forward and backward pass, over all devices; a multiple of dp x fsdp, and even for "
+        0, "Packed rows that go through a model at once, over all devices; a multiple of dp x fsdp, and even for "
         "pairs. 0: enough for 1,024 tokens a device.",
         least=0, may_change=True,
     )  # fmt: skip

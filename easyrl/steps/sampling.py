@@ -20,11 +20,15 @@ class Sampler:
     """`sample(params, prompts_BP, prompt_lengths_B, key, sample_ids) -> Samples`: what `sampling.decode.make_sampling`
     with these arguments makes, given the plans of the prompts.
 
-    Raises UserError as it does, and for B that the mesh's dp x fsdp does not divide.
+    `rows` packed rows of prompts, over all devices, go through the model at once; 0: enough for 1,024 tokens a device.
+    Raises UserError as `make_sampling` does, and for B that the mesh's dp x fsdp does not divide.
     """
 
-    def __init__(self, cfg: ModelConfig, sampling: SamplingConfig, *, mesh: Mesh | None = None, **options: Any):
+    def __init__(
+        self, cfg: ModelConfig, sampling: SamplingConfig, *, mesh: Mesh | None = None, rows: int = 0, **options: Any
+    ):
         self._mesh, self._program = mesh, make_sampling(cfg, sampling, mesh=mesh, **options)
+        self._rows = rows
 
     def __call__(self, params: dict, prompts: Any, lengths: Any, key: jax.Array, sample_ids: Any) -> Samples:
         return self.call(params, prompts, lengths, key, sample_ids).run()
@@ -34,23 +38,24 @@ class Sampler:
         if self._mesh is not None:
             spec_for(("batch", "time"), prompts.shape, self._mesh, "prompts")
         shards = 1 if self._mesh is None else num_data_shards(self._mesh)
-        plans = plan_prompts(fetch(lengths), prompts.shape[1], shards)
+        plans = plan_prompts(fetch(lengths), prompts.shape[1], shards, self._rows)
         return Call("sampling", self._program, (params, prompts, lengths, plans, key, sample_ids))
 
 
-def prompt_shapes(prompts: int, width: int) -> tuple[Shape, ...]:
-    """The shapes of groups for the prompts of one device, so many of up to `width` tokens."""
-    return group_shapes(width, sequences=prompts)
+def prompt_shapes(prompts: int, width: int, rows: int = 0) -> tuple[Shape, ...]:
+    """The shapes of groups for the prompts of one device, so many of up to `width` tokens; arguments as there."""
+    return group_shapes(width, sequences=prompts, rows=rows)
 
 
-def plan_prompts(lengths: np.ndarray, width: int, shards: int) -> Plans:
+def plan_prompts(lengths: np.ndarray, width: int, shards: int, rows: int = 0) -> Plans:
     """The plans, on the host, of prompts with these lengths [B], a batch padded to `width`.
 
-    The batch is in `shards` equal parts, one for each device that has its share of it. Each is packed by itself, and
-    its rows are the same part of every group: see `sampling.prefill`.
+    Groups have up to `rows` rows over all devices; 0: enough for 1,024 tokens a device. The batch is in `shards` equal
+    parts, one for each device that has its share of it. Each is packed by itself, and its rows are the same part of
+    every group: see `sampling.prefill`.
     """
     parts = np.asarray(lengths).reshape(shards, -1)
-    packings = pack_parts(parts, width, prompt_shapes(parts.shape[1], width))
+    packings = pack_parts(parts, width, prompt_shapes(parts.shape[1], width, rows // shards))
     plans = (fill_plans(packing, parts.shape[1]) for packing in packings)
     return tuple(_side_by_side(of_shape) for of_shape in zip(*plans, strict=True))
 

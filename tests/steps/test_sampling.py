@@ -25,3 +25,9 @@ def test_prompts_of_the_full_length_fill_whole_rows():
     plans = plan_prompts(np.full(16, 128), 128, 2)
     assert prompt_shapes(8, 128) == (Shape(8, 128),)
     assert [int(plan.count) for plan in plans] == [1] and (plans[0].segment_ids_GRS == 1).all()
+
+
+def test_groups_have_as_many_rows_as_are_asked_for():
+    """Over all devices, whose share of them is the same."""
+    plans = plan_prompts(np.full(16, 128), 128, 2, rows=4)
+    assert int(plans[0].count) == 4 and plans[0].source_GRS.shape[1:] == (4, 128)
