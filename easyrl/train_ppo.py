@@ -45,6 +45,7 @@ from easyrl.rewards.shaping import Moments, RewardConfig
 from easyrl.rewards.sources import ResponseBatch
 from easyrl.runtime.checkpoint import open_checkpoints
 from easyrl.runtime.flight import FlightRecorder
+from easyrl.runtime.guard import check_weights
 from easyrl.runtime.interrupt import stopping_at_signals
 from easyrl.runtime.loop import Hook, StepInfo, run_loop
 from easyrl.runtime.metrics import PhaseTimer
@@ -400,6 +401,7 @@ def main(config: Config) -> None:
         return ppo_card(config, info.metrics, template, named_sources(config))
 
     def export(info: StepInfo, folder: Path) -> None:
+        check_weights(folder, info.state.policy.params)
         export_model(
             folder, policy.cfg, join(frozen.bottom, info.state.policy.params), "lm", dtype=param_dtype,
             tokenizer=tokenizer, generation_config=generation, model_card=card(info),
@@ -411,6 +413,7 @@ def main(config: Config) -> None:
     def finish_run(info: StepInfo) -> None:
         with troubles.attempt("the export", "which starting it again would write"):
             export(info, run_dir.hf)
+            check_weights(run_dir.path / "hf_value", info.state.value.params)
             export_model(
                 run_dir.path / "hf_value", value.cfg, join(frozen.bottom, info.state.value.params), "value",
                 tokenizer=tokenizer, model_card=value_card(card(info), value_ref), dtype=param_dtype,

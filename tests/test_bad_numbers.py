@@ -83,3 +83,15 @@ def test_bad_weights_are_named_by_every_trainer(script, rows, more, kind, folder
         run_script(script, flags | more)
     arrays, facts = load_recording(tmp_path / "run" / "batches" / "step-1.safetensors")
     assert facts["kind"] == kind.__name__ and as_tree(kind, arrays)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("more", [{}, {"export_freq": 1}, {"max_bad_steps": 0}], ids=["last", "between", "again"])
+def test_weights_that_are_not_finite_are_exported_nowhere(more, flags, tmp_path):
+    """The first update is infinite, and the second step bad: of two in a row --max_bad_steps=1 would be none yet."""
+    flags |= {"train_dataset.path": write_rows(tmp_path / "rows.jsonl", ANSWERED), "max_bad_steps": 1, "num_epochs": 2}
+    flags |= {"lr": 1e39, "output_dir": tmp_path / "run"}
+    for _ in range(2):
+        with pytest.raises(RunFailed, match=r"not exported, as these weights|nothing is exported|^step 2: stopped"):
+            run_script(train_sft, flags | more)
+    assert not list((tmp_path / "run").glob("hf*"))

@@ -36,7 +36,8 @@ class Guard:
         the step has just been made, and the run's last one when that is the end.
       keep: `keep(step, metrics)` writes the step's batch to a file for replay and gives its path.
 
-    The script calls `check` once the loop has ended, and all checkpoints are written.
+    The script calls `check` once the loop has ended, and all checkpoints are written. Started again, a run that has
+    no step left fails as it did, before anything is exported.
     """
 
     def __init__(
@@ -91,6 +92,11 @@ class Guard:
     def _on_end(self, info: StepInfo) -> None:
         if self._steps:
             _warn(f"{self._steps} of the run's steps left out an update because a number was not finite")
+        if self._in_a_row > self._most:  # the batches are gone with the process that made them
+            raise RunFailed(
+                f"step {info.step}: nothing is exported, as the {self._in_a_row} steps before the end, more than "
+                f"--max_bad_steps={self._most}, had a number that is not finite"
+            )
 
 
 def _warn(text: str) -> None:
@@ -118,6 +124,14 @@ def bad_weights(params: dict) -> list[str]:
     """The names of the parameters that hold a number that is not finite."""
     names = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return [name for name, fine in zip(names, fetch(_finite_leaves(params)), strict=True) if not fine]
+
+
+def check_weights(folder: Path, params: dict) -> None:
+    """Raises RunFailed where `params`, about to be exported to `folder`, are not finite: they are no model, and never
+    will be.
+    """
+    if bad := bad_weights(params):
+        raise RunFailed(f"{folder}: not exported, as these weights are not finite: {listed(bad)}")
 
 
 def culprits(samples: np.ndarray, is_bad: Callable[[np.ndarray], bool], most: int = SHOWN) -> list[int]:

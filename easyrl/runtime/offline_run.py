@@ -17,7 +17,7 @@ from easyrl.data.prompts import PromptDataset
 from easyrl.hf.saved import SavedModel
 from easyrl.runtime.checkpoint import Checkpoints, Memory
 from easyrl.runtime.evaluation import Evaluation
-from easyrl.runtime.guard import Guard, bad_weights, culprits, listed, terms_of
+from easyrl.runtime.guard import Guard, bad_weights, check_weights, culprits, listed, terms_of
 from easyrl.runtime.interrupt import stopping_at_signals
 from easyrl.runtime.loop import Hook, StepInfo, run_loop
 from easyrl.runtime.offline import HF_BEST, OfflineConfig, learning_rate
@@ -83,13 +83,18 @@ def train(
     start = checkpoints.start
     trackers = start_trackers(config.logger, run_dir, config, start=start, troubles=troubles)
     rate = learning_rate(config, total)
+
+    def export(folder: Path, params: dict, metrics: dict[str, float]) -> None:
+        check_weights(folder, params)
+        method.export(folder, params, metrics)
+
     evaluation = Evaluation(
         run_dir.path / "best.json",
         None if held_out is None else lambda params: method.measure(params, held_out),
         every=config.eval_freq,
         total=total,
         best_by=method.best_by,
-        on_best=partial(method.export, run_dir.path / HF_BEST) if config.save_best else None,
+        on_best=partial(export, run_dir.path / HF_BEST) if config.save_best else None,
         troubles=troubles,
     )
 
@@ -112,11 +117,11 @@ def train(
         return state, metrics
 
     def export_step(info: StepInfo) -> None:
-        method.export(run_dir.path / f"hf-{info.step}", info.state.params, info.metrics)
+        export(run_dir.path / f"hf-{info.step}", info.state.params, info.metrics)
 
     def finish(info: StepInfo) -> None:
         with troubles.attempt("the export", "which starting it again would write"):
-            method.export(run_dir.hf, info.state.params, info.metrics)
+            export(run_dir.hf, info.state.params, info.metrics)
         if is_first():
             with troubles.attempt("the report", "without it"):
                 write_report(run_dir, method.name)

@@ -5,7 +5,7 @@ import pytest
 
 from easyrl.core.errors import RunFailed
 from easyrl.runtime.guard import Guard, bad_weights, culprits, listed
-from easyrl.runtime.loop import run_loop
+from easyrl.runtime.loop import Hook, run_loop
 
 
 def run(bad, most_in_a_row, on_device=False):
@@ -53,6 +53,20 @@ def test_a_run_whose_last_step_is_one_too_many_has_failed_too():
     assert len(made) == 8
     with pytest.raises(RunFailed, match="step 8"):
         guard.check()
+
+
+def test_started_again_it_has_failed_too_and_nothing_that_follows_is_done():
+    _, guard = run({7, 8}, 1)
+    again = Guard(1, lambda *_: "", lambda *_: "")
+    again.recall(guard.remember())
+    exports = []
+    with pytest.raises(RunFailed, match=r"step 8: nothing is exported, as the 2 steps .*--max_bad_steps=1, had"):
+        run_loop(0, [], None, start=8, total=8, hooks=[again.hook(), Hook(on_end=exports.append)])
+    assert not exports
+    more = Guard(2, lambda *_: "", lambda *_: "")  # --max_bad_steps may change
+    more.recall(guard.remember())
+    run_loop(0, [], None, start=8, total=8, hooks=[more.hook(), Hook(on_end=exports.append)])
+    assert len(exports) == 1
 
 
 def test_culprits_are_found_by_halving():

@@ -75,6 +75,17 @@ def test_bad_weights_are_named_with_the_model_and_its_term(flag, head, tensor, s
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(("flag", "head", "tensor", "export"), [
+    ("policy", "lm", "model.norm.weight", "hf"), ("value", "value", "score.weight", "hf_value"),
+])  # fmt: skip
+def test_bad_weights_that_a_run_survives_are_not_exported(flag, head, tensor, export, run, tmp_path, materials):
+    folder = poisoned(write_model(tmp_path / flag, head), tensor)
+    flags = {"load_checkpoint_value": f"hf::{materials.policy}", f"load_checkpoint_{flag}": f"hf::{folder}"}
+    with pytest.raises(RunFailed, match=f"/{export}: not exported, as these weights are not finite: "):
+        run(**flags, max_steps_per_epoch=1, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / export).exists()
+
+
 def test_rollouts_are_recorded_when_asked_for(run):
     result = run(record_rollouts=2, max_steps_per_epoch=4)
     assert sorted(path.name for path in (result.path / "rollouts").iterdir()) == [
