@@ -221,7 +221,7 @@ def main(config: Config) -> None:
             name=config.method, place=pairs.place, update=pairs.step(update), loss_of=pairs.loss_of,
             measure=pairs.measure, export=export, model=model,
             bar={"reward": "env/reward_mean", "KL": "objective/kl", "loss": "loss", "eval": "eval/reward_mean"},
-            best_by="reward_mean", memories={"online": pairs}, samples=pairs.samples,
+            best_by="reward_mean", memories={"online": pairs}, faults=pairs.faults, samples=pairs.samples,
         )  # fmt: skip
     else:
         alarm = ChosenFalls()

@@ -85,6 +85,19 @@ def test_bad_weights_are_named_by_every_trainer(script, rows, more, kind, folder
     assert facts["kind"] == kind.__name__ and as_tree(kind, arrays)
 
 
+def test_online_pairs_without_a_finite_score_end_the_run(flags, tmp_path, monkeypatch, capsys):
+    source = "nan = lambda prompts, responses: [float('nan')] * len(responses)\n"
+    (tmp_path / "bad_test_functions.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags |= {"train_dataset.path": write_rows(tmp_path / "rows.jsonl", ANSWERED), "num_epochs": 3, "max_bad_steps": 1}
+    flags |= {"online": True, "reward_function": "bad_test_functions:nan", "max_continuation_len": 4}
+    flags |= {"loss": "simpo", "train_dataset.row_length": 0, "output_dir": tmp_path / "run"}
+    with pytest.raises(RunFailed, match=r"^step 2: stopped, .*: reward nan of response 0 is nan, .* and 11 more\. "):
+        run_script(train_dpo, flags)
+    assert [row["skipped"] for row in metrics_of(tmp_path / "run")] == [1, 1, 1]  # the third was under way
+    assert "step 1: an update was left out: reward nan of response 0 is nan, reward" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("more", [{}, {"export_freq": 1}, {"max_bad_steps": 0}], ids=["last", "between", "again"])
 def test_weights_that_are_not_finite_are_exported_nowhere(more, flags, tmp_path):

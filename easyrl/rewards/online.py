@@ -5,6 +5,7 @@ any judge that gives a score. What follows is the step of `steps.dpo`, the same 
 """
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,6 +116,7 @@ class OnlinePairs:
         self._batch_size = len(prompts.batch(0).samples)
         self._width = prompts.prompt_length + config.max_continuation_len
         self._start: dict[str, Any] = {}  # of the first evaluation: the fingerprint of its data, its scores
+        self._faults: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=2)  # the last steps, counted from 1, and theirs
         self.samples: list[dict[str, Any]] = []  # rows for samples.jsonl; whoever writes them empties it
 
     def remember(self) -> dict[str, Any]:
@@ -139,6 +141,10 @@ class OnlinePairs:
 
         return step
 
+    def faults(self, step: int) -> tuple[str, ...]:
+        """What the sources of reward did wrong in one of the last two steps: a step's metrics come during the next."""
+        return dict(self._faults).get(step, ())
+
     def loss_of(self, params: dict, numbers: PromptNumbers) -> Mean:
         """A finite loss: the pairs of a bad step are judged anew, so no sample by itself can be shown to be bad."""
         return Mean(np.float32(0), np.float32(1))  # type: ignore[arg-type]  # on the host
@@ -162,6 +168,7 @@ class OnlinePairs:
             order = EACH * np.arange(len(better))[:, None] + np.stack([better, 1 - better], axis=1)
             answers, kl, padding = self._lay_out(sampled.take(order.reshape(-1)), np.repeat(told, EACH))
         self.samples += sample_rows("train", responses, judged, self._config.logged_samples)
+        self._faults.append((int(numbers.step) + 1, judged.faults))
         gaps = np.abs(scores[:, 0] - scores[:, 1])[told]
         metrics = {
             **judged.metrics,
@@ -169,6 +176,7 @@ class OnlinePairs:
             "online/score_margin": float(gaps.mean()) if gaps.size else 0.0,
             "online/told_share": float(told.mean()),
             "online/not_finite": len(judged.faults),
+            **({"skipped": 1.0} if judged.faults and not told.any() else {}),  # the update knows of no fault
             "tokens/responses_len_mean": float(sampled.response_lengths.mean()),
             "tokens/ended_share": float(sampled.ended.mean()),
             "tokens/padding_share": padding,

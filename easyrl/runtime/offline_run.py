@@ -47,6 +47,7 @@ class Method(Generic[PlacedBatch]):
     bar: label and name of the metrics that the progress bar shows.
     hooks: the method's own, called before the others, so that they may add to the metrics.
     memories: what they remember from step to step, by name.
+    faults: `faults(step)`, of one of the last two steps: what was done wrong by others, so that it had no loss.
     samples: rows for samples.jsonl, to which updates and evaluations append; None: there are none.
     """
 
@@ -61,6 +62,7 @@ class Method(Generic[PlacedBatch]):
     best_by: str = "loss"
     hooks: Sequence[Hook] = ()
     memories: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
+    faults: Callable[[int], Sequence[str]] = lambda step: ()
     samples: list[dict[str, Any]] | None = None
 
 
@@ -131,10 +133,13 @@ def train(
         """What was not finite in a step."""
         samples = loader.order.samples(step - 1)
         terms = terms_of(metrics, {"loss": "the loss", "grad_norm": "the gradient"})
+        faults = listed(method.faults(step))
+        if state is not None and (bad := bad_weights(state.params)):
+            return f"{terms or faults}, from the weights {listed(bad)}"
+        if not terms:
+            return faults
         if state is None:
             return f"{terms} of a batch of the samples {listed(samples.tolist())}"
-        if bad := bad_weights(state.params):
-            return f"{terms}, from the weights {listed(bad)}"
 
         def is_bad(some: np.ndarray) -> bool:
             loss = method.loss_of(state.params, method.place(loader.take(some)))
