@@ -62,9 +62,8 @@ class _Pending:
 
     step: int
     metrics: Metrics
-    started: float
+    seconds: float  # that the host has spent on it so far
     due: list[Hook]
-    seconds: float | None = None  # known once the next step starts
 
 
 def run_loop(
@@ -75,6 +74,7 @@ def run_loop(
     start: int,
     total: int,
     hooks: Iterable[Hook] = (),
+    evaluate: Callable[[State, int], Metrics] | None = None,
     metrics: Mapping[str, float] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> State:
@@ -86,12 +86,14 @@ def run_loop(
     the device. Metrics on the device are fetched one step late, after the next step has been handed over, so the
     device never waits for the host; hooks then run while it computes. Metrics that are already host numbers (a PPO
     step waits for its samples anyway) go to the hooks at once, and so does every step at which a due hook needs the
-    state.
+    state. `evaluate(state, step)`, which may wait for the device, gives further metrics of a step once those of the
+    step before have been handed to the hooks.
 
-    Three metrics are added. `time/step` is the time in seconds from this step's start to the next one's, less the hooks
-    that needed the state; the first step's holds the compilation. `time/save` is the time those hooks took after the
-    step before. Where a step reports the number of `tokens` it worked on, `tokens_per_second` is that number over
-    `time/step`. `metrics` are those of step `start`, for a run that has no step left to do.
+    Three metrics are added. `time/step` is the time in seconds that the host spent on this step or waited for it; the
+    first step's holds the compilation. Over the steps these add up to the time of the loop, less the hooks that needed
+    the state: `time/save` is the time those took after the step before. Where a step reports the number of `tokens` it
+    worked on, `tokens_per_second` is that number over `time/step`. `metrics` are those of step `start`, for a run that
+    has no step left to do.
 
     When a step or its batch raises, the metrics of the step before it still reach the hooks. Raises ValueError when
     `batches` end before `total`.
@@ -101,11 +103,18 @@ def run_loop(
     pending: _Pending | None = None
     stop, step = False, max(start, total)
     held = 0.0  # seconds that hooks with a need for the state took after the step before
+    counted = clock()  # up to here all time is some step's
+
+    def lap() -> float:
+        """The seconds that have not been counted yet, which now are."""
+        nonlocal counted
+        before, counted = counted, clock()
+        return counted - before
 
     def deliver(done: _Pending, state: Any = None) -> dict[str, float]:
         nonlocal held, stop
         metrics = fetch(done.metrics)
-        seconds = clock() - done.started if done.seconds is None else done.seconds
+        seconds = done.seconds + lap()
         metrics["time/step"] = seconds
         if "tokens" in metrics:
             metrics["tokens_per_second"] = metrics["tokens"] / max(seconds, 1e-9)
@@ -119,24 +128,25 @@ def run_loop(
     try:
         iterator = iter(batches)
         for step in range(start + 1, total + 1):
-            now = clock()
-            if pending is not None:
-                pending.seconds = now - pending.started
             try:
                 batch = next(iterator, _NO_BATCH)
                 if batch is _NO_BATCH:
                     raise ValueError(f"the batches ended before step {step} of {total}")
                 state, step_metrics = step_fn(state, batch)
             except Exception:
+                lap()  # nobody's
                 if pending is not None:
                     deliver(pending)
                 raise
             if held:
                 step_metrics, held = {**step_metrics, "time/save": held}, 0.0
             start_copy(step_metrics)
-            late, pending = pending, _Pending(step, step_metrics, now, [])
+            late, pending = pending, _Pending(step, step_metrics, lap() - step_metrics.get("time/save", 0.0), [])
             if late is not None:
                 deliver(late)
+            if evaluate is not None:
+                pending.metrics = {**step_metrics, **evaluate(state, step)}
+                pending.seconds += lap()
             # Not before: a signal that came while the device was at the step before is heard at this one.
             pending.due = [hook for hook in hooks if hook.due(step)]
             needs_state = any(hook.needs_state for hook in pending.due)

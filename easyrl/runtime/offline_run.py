@@ -113,10 +113,12 @@ def train(
         metrics = metrics | {"learning_rate": rate(number - 1)}
         if isinstance(batch, Batch):
             metrics["tokens/padding_share"] = batch.packing.padding_share()
-        if evaluation.due(number):
-            metrics |= evaluation(state.params, number)
-        log_samples(number)
         return state, metrics
+
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+        metrics = evaluation(state.params, step) if evaluation.due(step) else {}
+        log_samples(step)
+        return metrics
 
     def export_step(info: StepInfo) -> None:
         export(run_dir.path / f"hf-{info.step}", info.state.params, info.metrics)
@@ -179,6 +181,7 @@ def train(
                 troubles.tolerate(Hook(export_step, every=config.export_freq, needs_state=True), "hf-STEP"),
                 Hook(on_end=finish, close=run_dir.close),
             ],
+            evaluate=evaluate,
             metrics=checkpoints.metrics,
         )
     guard.check()

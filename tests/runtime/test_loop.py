@@ -198,6 +198,41 @@ def test_a_steps_time_and_speed(on_host):
     assert seen == [(4.0, 25.0, None), (2.0, 50.0, None), (5.0, 20.0, 1000.0)]
 
 
+@pytest.mark.parametrize("waits", [(), (2,), (1, 2), (2, 3)])
+@pytest.mark.parametrize("saves", [(), (2,), (2, 3), (1, 3)])
+def test_a_step_takes_as_long_whatever_surrounds_it(saves, waits, monkeypatch):
+    """A device that needs 10 for a step and works while the host goes on; an evaluation is 5 more for its own step."""
+    clock, seen, busy_until = Clock(), [], 0.0
+
+    def wait(until):
+        clock.now = max(clock.now, until)
+
+    def step_fn(state, batch):
+        nonlocal busy_until
+        clock.spend(1.0)
+        busy_until = max(busy_until, clock.now) + 10
+        return state, {"done": busy_until}
+
+    def evaluate(state, step):
+        nonlocal busy_until
+        if step not in waits:
+            return {}
+        busy_until += 5
+        wait(busy_until)
+        return {"eval/loss": 1.0}
+
+    def fetch(metrics):
+        wait(metrics["done"])
+        return dict(metrics)
+
+    monkeypatch.setattr("easyrl.runtime.loop.fetch", fetch)
+    monkeypatch.setattr("easyrl.runtime.loop.on_device", lambda metrics: True)
+    save = Hook(on_step=lambda info: clock.spend(1000.0), every=lambda step: step in saves, needs_state=True)
+    record = Hook(on_step=lambda info: seen.append(info.metrics["time/step"] - 5 * ("eval/loss" in info.metrics)))
+    run_loop(0, range(5), step_fn, start=0, total=5, hooks=[record, save], evaluate=evaluate, clock=clock)
+    assert seen == pytest.approx([10] * 5, abs=2)
+
+
 @pytest.mark.parametrize("asked", [1, 2, 3])
 def test_a_hook_can_end_the_run(asked, device_step):
     """Metrics come one step late, so the step after the one that made a hook ask is under way, and is made whole."""
