@@ -136,7 +136,7 @@ def script_plan(name: str, script: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     """The phases of a script with this config."""
     if name != "train_ppo":
         return offline_plan(name, script, mesh, fill)
-    return ppo_plan(script if script.load_checkpoint_policy else assets.fill_in(script), mesh, fill)
+    return ppo_plan(assets.fill_in(script), mesh, fill)
 
 
 if __name__ == "__main__":

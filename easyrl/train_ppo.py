@@ -77,12 +77,12 @@ from easyrl.steps.state import abstract_train_state, create_train_state
 class Config(PPOConfig, RewardConfig, DecodingConfig, RunConfig):
     """Tune a language model with PPO against a reward, with a learnt value model.
 
-    Without --config and --load_checkpoint_policy this runs the bundled quickstart.
+    Without --config, models and prompts this runs the bundled quickstart.
     """
 
     load_checkpoint_policy: str = flag(
         "", "The policy's start: hf::DIR_OR_HUB_ID, easyrl::DIR, params::FILE@CONFIG (EasyLM's) or "
-        "random::PRESET_OR_CONFIG_JSON. Empty: quickstart.",
+        "random::PRESET_OR_CONFIG_JSON. Without this, any other model, prompts and --config: the bundled quickstart.",
     )  # fmt: skip
     load_checkpoint_reference: str = flag("", "The model the KL is taken to. Empty: the policy's start.")
     load_checkpoint_value: str = flag(
@@ -144,8 +144,9 @@ class Config(PPOConfig, RewardConfig, DecodingConfig, RunConfig):
 
     @staticmethod
     def default_yaml(given: Mapping[str, Any]) -> str:
-        """Without --config and --load_checkpoint_policy: the hyperparameters of the quickstart."""
-        return "" if given.get("load_checkpoint_policy") else str(assets.QUICKSTART)
+        """Without --config, models and prompts: the quickstart."""
+        own = any(name.startswith("load_checkpoint_") or name == "train_dataset.path" for name in given)
+        return "" if own else str(assets.QUICKSTART)
 
     @property
     def num_responses(self) -> int:
@@ -162,8 +163,7 @@ class Config(PPOConfig, RewardConfig, DecodingConfig, RunConfig):
 
 
 def main(config: Config) -> None:
-    if not config.load_checkpoint_policy:
-        config = assets.fill_in(config)
+    config = assets.fill_in(config)
     # ------------------------------------------------------------ mesh, output
     mesh = make_mesh(config.mesh_dim)
     check_batch(config.train_dataset.batch_size, mesh, config.mesh_dim)

@@ -188,6 +188,7 @@ def test_what_does_not_fit_has_status_3_and_says_what_would(tmp_path):
     [
         (["--topology=v9:1x1"], "--topology=v9:1x1: expected as"),
         (["--script=train_gan"], "script"),
+        (["--train_dataset.path=rows.jsonl"], "--load_checkpoint_policy: found nothing, expected hf::"),
         (["--topology=cpu:4", "--mesh_dim=3,1,1"], "--mesh_dim=3,1,1"),
         (["--json=/dev/null/p.json"], r"^--json=/dev/null/p.json: cannot be written"),
     ],

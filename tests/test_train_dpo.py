@@ -232,7 +232,7 @@ def test_a_loss_without_reference_asks_none(flags, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        ({"load_checkpoint": ""}, "--load_checkpoint=: expected hf::DIR_OR_HUB_ID"),
+        ({"load_checkpoint": ""}, "--load_checkpoint: found nothing, expected hf::DIR_OR_HUB_ID"),
         ({"train_dataset.path": ""}, "--train_dataset.path: found nothing"),
         ({"loss": "dpo"}, "loss=dpo: expected one of sigmoid, "),
         ({"beta": 0}, "beta=0: expected more than 0"),

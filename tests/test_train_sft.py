@@ -110,7 +110,7 @@ def test_loss_on_all_tokens_in_several_passes(folder, flags, tmp_path):
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        ({"load_checkpoint": ""}, "--load_checkpoint=: expected hf::"),
+        ({"load_checkpoint": ""}, "--load_checkpoint: found nothing, expected hf::"),
         ({"load_checkpoint": "random::debug"}, "--tokenizer: found nothing"),
         ({"train_dataset.seq_length": 99}, "--train_dataset.seq_length=99: the model of --load_checkpoint"),
         ({"train_dataset.path": ""}, "--train_dataset.path: found nothing"),

@@ -14,10 +14,13 @@ REWARD_MODEL = _HERE / "reward_model"
 TRAIN_PROMPTS = _HERE / "prompts_train.jsonl"
 EVAL_PROMPTS = _HERE / "prompts_eval.jsonl"
 QUICKSTART = _HERE / "quickstart_ppo.yaml"
+BUNDLED = "bundled"  # the policy of the quickstart, whose place depends on where easyrl is installed
 
 
 def fill_in(config: Any) -> Any:
-    """A PPO config with the bundled models and prompts where it names none."""
+    """A PPO config as it is, or one of the quickstart with the bundled models and prompts where it names none."""
+    if config.load_checkpoint_policy != BUNDLED:
+        return config
     reward = config.load_checkpoint_reward or ("" if config.reward_function else f"hf::{REWARD_MODEL}")
     train = dataclasses.replace(config.train_dataset, path=config.train_dataset.path or str(TRAIN_PROMPTS))
     held_out = dataclasses.replace(config.eval_dataset, path=config.eval_dataset.path or str(EVAL_PROMPTS))

@@ -87,9 +87,9 @@ def parse_ref(text: str, flag: str = "--load_checkpoint") -> Ref:
     """Split `KIND::TARGET`. Raises UserError naming `flag`."""
     kind, separator, target = text.partition("::")
     if not separator or kind not in KINDS or not target:
+        found = f"{flag}={text}:" if text else f"{flag}: found nothing,"
         raise UserError(
-            f"{flag}={text}: expected hf::DIR_OR_HUB_ID, easyrl::DIR, random::PRESET_OR_CONFIG_JSON or "
-            "params::FILE@CONFIG"
+            f"{found} expected hf::DIR_OR_HUB_ID, easyrl::DIR, random::PRESET_OR_CONFIG_JSON or params::FILE@CONFIG"
         )
     return Ref(kind, target)
 

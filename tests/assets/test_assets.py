@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from easyrl import assets
+from easyrl import assets, train_ppo
 from easyrl.assets import build, stories
 from easyrl.core.command_line import load_config
 from easyrl.core.errors import UserError
@@ -19,6 +19,7 @@ from easyrl.data.tokenizer import check_vocabulary, encode, fingerprint, load_to
 from easyrl.hf.refs import load_model
 from easyrl.steps.reward import SequenceScorer
 from easyrl.steps.sft import make_sft_eval, perplexity, place_sft_batch
+from tests.source import REPO
 
 
 def rows(path):
@@ -188,3 +189,21 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, flag
         with pytest.raises(UserError, match=rf"^--{named}={place}: cannot be written \("):
             build.main(load_config(build.Config, [f"--data_dir={place}", f"--output_dir={place}", *flags]))
     assert file.read_text() == "thesis"
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--mesh_dim=1,1,1", "--output_dir=x", "--num_epochs=1", "--reward_function=a:b", "--eval_dataset.path=x"),
+])  # fmt: skip
+def test_whoever_names_neither_models_nor_prompts_gets_the_quickstart(flags):
+    config = assets.fill_in(load_config(train_ppo.Config, flags))
+    assert config.load_checkpoint_policy == f"hf::{assets.POLICY}" and config.mini_batch_size == 16
+    assert config.train_dataset.path == str(assets.TRAIN_PROMPTS)
+    assert config.load_checkpoint_reward == ("" if flags else f"hf::{assets.REWARD_MODEL}")
+
+
+@pytest.mark.parametrize(
+    "flag", ["train_dataset.path=x", "load_checkpoint_reward=hf::x", f"config={REPO}/configs/ppo_stories260k.yaml"]
+)
+def test_whoever_names_one_of_them_names_the_policy_too(flag):
+    config = load_config(train_ppo.Config, [f"--{flag}"])
+    assert assets.fill_in(config) == config and not config.load_checkpoint_policy

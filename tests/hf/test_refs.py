@@ -16,7 +16,9 @@ from easyrl.models.families import param_specs
 def test_grammar():
     assert parse_ref("hf::meta-llama/Llama-2-7b-hf") == Ref("hf", "meta-llama/Llama-2-7b-hf")
     assert parse_ref("easyrl::runs/a::b") == Ref("easyrl", "runs/a::b")
-    for wrong in ("", "hf::", "llama", "pickle::x", "/data/model", "::x"):
+    with pytest.raises(UserError, match=r"^--policy: found nothing, expected hf::DIR_OR_HUB_ID, easyrl::DIR, random::"):
+        parse_ref("", "--policy")
+    for wrong in ("hf::", "llama", "pickle::x", "/data/model", "::x"):
         with pytest.raises(UserError, match=r"--policy=.*: expected hf::DIR_OR_HUB_ID, easyrl::DIR, random::"):
             parse_ref(wrong, "--policy")
 

@@ -39,6 +39,10 @@ MODELS = {
         lambda b: {"load_checkpoint_policy": "hf::/no/such/model"},
         "--load_checkpoint_policy=hf::/no/such/model: no such folder",
     ),
+    "no policy": (
+        lambda b: {"load_checkpoint_policy": ""},
+        "--load_checkpoint_policy: found nothing, expected hf::DIR_OR_HUB_ID",
+    ),
     "not a reference": (
         lambda b: {"load_checkpoint_policy": "/no/such/model"},
         "--load_checkpoint_policy=/no/such/model: expected hf::DIR_OR_HUB_ID, easyrl::DIR, random::",
