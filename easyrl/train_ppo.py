@@ -454,7 +454,7 @@ def main(config: Config) -> None:
             total=total_steps,
             hooks=[
                 progress_hook(total_steps, bar, start=start),
-                *tracker_hooks(trackers, config.log_freq, troubles),
+                *tracker_hooks(trackers, config.log_freq, total_steps, troubles),
                 troubles.tolerate(recorder.hook(), "rollouts"),
                 guard.hook(),
                 saving,

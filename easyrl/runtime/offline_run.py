@@ -175,7 +175,7 @@ def train(
             hooks=[
                 *method.hooks,
                 progress_hook(total, method.bar, start=start),
-                *tracker_hooks(trackers, config.log_freq, troubles),
+                *tracker_hooks(trackers, config.log_freq, total, troubles),
                 guard.hook(),
                 saving,
                 troubles.tolerate(Hook(export_step, every=config.export_freq, needs_state=True), "hf-STEP"),

@@ -58,7 +58,10 @@ class RunConfig:
     export_freq: int = flag(
         0, "Export the model every this many steps, to hf-<step>. 0: only at the end.", least=0, may_change=True
     )
-    log_freq: int = flag(1, "Log to wandb and tensorboard every this many steps.", least=1, may_change=True)
+    log_freq: int = flag(
+        1, "Log to wandb and tensorboard every this many steps, besides those with an evaluation and the last one.",
+        least=1, may_change=True,
+    )  # fmt: skip
     logger: LoggerConfig = flag(LoggerConfig(), "Weights & Biases and TensorBoard.", may_change=True)
     jax_distributed: DistributedConfig = flag(
         DistributedConfig(), "Several processes (docs/reliability.md).", may_change=True

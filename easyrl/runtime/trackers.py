@@ -60,19 +60,26 @@ def start_trackers(
     return trackers
 
 
-def tracker_hooks(trackers: Sequence[Tracker], log_freq: int, troubles: Troubles | None = None) -> list[Hook]:
-    """Hooks that hand metrics to the trackers: every step to JSON lines, every `log_freq` steps to the others.
+def tracker_hooks(
+    trackers: Sequence[Tracker], log_freq: int, total: int, troubles: Troubles | None = None
+) -> list[Hook]:
+    """Hooks that hand metrics to the trackers: every step to JSON lines, to the others those that `log_freq` divides,
+    those with an evaluation and the last of `total`.
 
     `troubles` is told of those that cannot write.
     """
     troubles = troubles or Troubles()
 
+    def shown(info: StepInfo) -> bool:
+        evaluated = any(name.startswith("eval/") for name in info.metrics)
+        return info.step % log_freq == 0 or info.step == total or evaluated
+
     def hook(tracker: Tracker) -> Hook:
         def on_step(info: StepInfo) -> None:
-            tracker.log(info.step, info.metrics)
+            if isinstance(tracker, JsonlTracker) or shown(info):
+                tracker.log(info.step, info.metrics)
 
-        hook = Hook(on_step, every=1 if isinstance(tracker, JsonlTracker) else log_freq, close=tracker.close)
-        return troubles.tolerate(hook, type(tracker).__name__)
+        return troubles.tolerate(Hook(on_step, close=tracker.close), type(tracker).__name__)
 
     return [hook(tracker) for tracker in trackers]
 

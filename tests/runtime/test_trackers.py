@@ -30,7 +30,7 @@ SAMPLES = [{"prompt": "Say hi", "response": "hi", "reward": 1.0}, {"prompt": "Sa
 def test_a_run_leaves_its_metrics_and_samples(run):
     trackers = start_trackers(LoggerConfig(), run, Config())
     trackers[0].log_samples(0, SAMPLES)
-    hooks = tracker_hooks(trackers, log_freq=2)
+    hooks = tracker_hooks(trackers, log_freq=2, total=3)
     run_loop(0.0, [1.0, 2.0, 3.0], lambda s, b: (s + b, {"loss": s}), start=0, total=3, hooks=hooks)
     rows = read_jsonl(run.metrics)
     # Every step, whatever log_freq says.
@@ -39,7 +39,7 @@ def test_a_run_leaves_its_metrics_and_samples(run):
     assert read_jsonl(run.samples) == [{"step": 0} | sample for sample in SAMPLES]
 
 
-def test_log_freq_is_for_the_other_trackers(run):
+def test_log_freq_is_for_the_other_trackers_which_also_see_evaluations_and_the_end(run):
     class Other:
         def __init__(self):
             self.logged = []
@@ -55,10 +55,11 @@ def test_log_freq_is_for_the_other_trackers(run):
             self.closed = True
 
     other = Other()
-    hooks = tracker_hooks([JsonlTracker(run), other], log_freq=2)
-    run_loop(0, range(5), lambda s, b: (s, {}), start=0, total=5, hooks=hooks)
-    assert other.logged == [2, 4] and other.closed
-    assert len(read_jsonl(run.metrics)) == 5
+    hooks = tracker_hooks([JsonlTracker(run), other], log_freq=3, total=8)
+    step_fn = lambda state, step: (state, {"eval/loss": 0.0} if step == 5 else {})
+    run_loop(0, range(1, 9), step_fn, start=0, total=8, hooks=hooks)
+    assert other.logged == [3, 5, 6, 8] and other.closed
+    assert len(read_jsonl(run.metrics)) == 8
 
 
 def test_only_process_0_tracks(run, monkeypatch):
