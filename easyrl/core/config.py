@@ -182,8 +182,10 @@ def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
 def to_yaml(config: Any) -> str:
     """A config as the text of a file that, given back as --config, repeats the run.
 
-    `output_dir` and `jax_distributed` are left out: a repeated run is a new one, with its own folder and processes.
+    `output_dir`, `checkpoint_dir` and `jax_distributed` are left out: a repeated run is a new one, with its own folders
+    and processes, and does not go on from the checkpoints of the first.
     """
-    values = {name: value for name, value in to_dict(config).items() if name not in ("output_dir", "jax_distributed")}
+    own = ("output_dir", "checkpoint_dir", "jax_distributed")
+    values = {name: value for name, value in to_dict(config).items() if name not in own}
     header = "# Every flag of an easyrl run, as resolved. Give this file back as --config to repeat the run.\n"
     return header + yaml.safe_dump(values, sort_keys=False)

@@ -12,6 +12,7 @@ from easyrl.core.command_line import load_config
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.runtime import run_dir
+from easyrl.runtime.run_config import RunConfig
 from easyrl.runtime.run_dir import make_run_dir
 
 
@@ -105,6 +106,12 @@ def test_the_config_written_repeats_the_run(tmp_path):
     assert not run.config.exists()
     run.save_config(config)
     assert load_config(Config, [f"--config={run.config}"]) == config
+
+
+def test_a_run_repeated_from_its_config_is_not_gone_on_with(tmp_path):
+    run = make_run_dir(str(tmp_path), "train_sft")
+    run.save_config(RunConfig(seed=3, output_dir="run", checkpoint_dir="checkpoints"))
+    assert load_config(RunConfig, [f"--config={run.config}"]) == RunConfig(seed=3)
 
 
 def test_a_folder_that_exists_is_kept(tmp_path):
