@@ -107,7 +107,7 @@ def make_run_dir(output_dir: str, script: str, checkpoint_dir: str = "") -> RunD
     Nothing else is written: a run that turns out not to start leaves an earlier one alone. `output_dir` empty:
     `runs/<script>-<date>-<time>` under the working directory, with a number behind it if that is taken. Process 0
     creates; the other processes only learn the place. Raises UserError naming the flag when --output_dir is not a local
-    folder, when one of the folders cannot be written to, and when another run is writing there.
+    folder, when --checkpoint_dir holds it, when one of them cannot be written to, and when another run is writing there.
     """
     if "://" in output_dir:
         raise UserError(f"--output_dir={output_dir}: expected a local folder, found the address of a store")
@@ -118,7 +118,10 @@ def make_run_dir(output_dir: str, script: str, checkpoint_dir: str = "") -> RunD
         path = Path(output_dir).expanduser() if output_dir else _new_folder(script)
         folders = [(path, f"--output_dir={output_dir or path}")]
         if checkpoint_dir and "://" not in checkpoint_dir:
-            folders.append((Path(checkpoint_dir).expanduser(), f"--checkpoint_dir={checkpoint_dir}"))
+            place, named = Path(checkpoint_dir).expanduser(), f"--checkpoint_dir={checkpoint_dir}"
+            if path.resolve().is_relative_to(place.resolve()):  # which a run that starts anew sets aside as a whole
+                raise UserError(f"{named}: holds --output_dir={path}, expected a folder for checkpoints alone")
+            folders.append((place, named))
         for folder, named in folders:
             locks.extend(filter(None, [_take(folder, named)]))
         return str(path)

@@ -69,6 +69,16 @@ def test_folders_are_one_runs_until_it_ends_or_dies(tmp_path):
     assert len(make_run_dir(output_dir, "train_ppo", checkpoint_dir).locks) == 2  # one after another in one process
 
 
+@pytest.mark.parametrize("checkpoint_dir", ["run", "./run/", "."])
+def test_checkpoints_have_a_folder_that_does_not_hold_the_run(checkpoint_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        make_run_dir("run", "train_ppo", checkpoint_dir)
+    found = "holds --output_dir=run, expected a folder for checkpoints alone"
+    assert str(caught.value) == f"--checkpoint_dir={checkpoint_dir}: {found}" and not list(tmp_path.iterdir())
+    make_run_dir("run", "train_ppo", "run/checkpoints").close()
+
+
 def test_a_store_has_no_locks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(make_run_dir("run", "train_ppo", "gs://bucket/checkpoints").locks) == 1
