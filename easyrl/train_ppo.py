@@ -387,9 +387,9 @@ def main(config: Config) -> None:
         return metrics
 
     # ------------------------------------------------------------ the loop
-    run_dir.begin(config, start=checkpoints.start)
+    run_dir.begin(config, start=checkpoints.made_here)
     troubles, start = Troubles(), checkpoints.start
-    trackers = start_trackers(config.logger, run_dir, config, start=start, troubles=troubles)
+    trackers = start_trackers(config.logger, run_dir, config, start=checkpoints.made_here, troubles=troubles)
 
     def log_samples(step: int, phase: str, responses: ResponseBatch, scored: Scored, count: int) -> None:
         for tracker in trackers:

@@ -101,8 +101,12 @@ def test_on_other_devices_to_1e_5(num_devices, mesh_dim, folder, unbroken, broke
 
 
 def test_by_hand_from_any_step_into_another_folder(folder, unbroken, broken, tmp_path):
+    """Whose files of another run, which is not gone on with, get other names."""
+    write_rows(tmp_path / "metrics.jsonl", [{"step": step, "loss": 9.0} for step in range(5)])
+    (tmp_path / "best.json").write_text("{}")
     run = start(folder, tmp_path, load_checkpoint=f"easyrl::{broken / 'checkpoints' / '2'}")
     assert [row["step"] for row in metrics_of(run)] == [3, 4, 5, 6]
+    assert len((run / "metrics.1.jsonl").read_text().splitlines()) == 5 and (run / "best.1.json").read_text() == "{}"
     ours, theirs = (load_file(path / "hf" / "model.safetensors") for path in (run, unbroken))
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)

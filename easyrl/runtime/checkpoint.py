@@ -77,7 +77,8 @@ def open_checkpoints(
 class Checkpoints:
     """The checkpoints of one run: the one it goes on from, if any, and those it writes.
 
-    `start` is the step the run goes on from, 0 for a new run; `metrics` are that step's.
+    `start` is the step the run goes on from, 0 for a new run; `metrics` are that step's. `made_here` is the same where
+    the run has made it in this folder, and 0 where it comes from another one: what lies here is then another run's.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Checkpoints:
     ):
         self._config, self._run_dir, self.folder, self._source, self._facts = config, run_dir, folder, source, facts
         self.start: int = source.step if source else 0
+        self.made_here: int = source.step if source and source.folder == folder else 0
         self.metrics: dict[str, float] = source.facts["metrics"] if source else {}
         self._asked, self._stop, self._stopped_after = "", "", 0  # reasons: of this process, and of all
 

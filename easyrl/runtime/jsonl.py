@@ -17,9 +17,10 @@ from easyrl.runtime.troubles import Troubles
 class JsonlWriter:
     """Appends objects to a JSON lines file, one line each, flushed at once; every object has its `step` first.
 
-    `start` is the step a run goes on from (0: a new run). A file from before the stop may hold steps after it, which
-    the run will do again, and a torn last line: both are dropped, so every step stands in the file once. A new run
-    never drops anything: a file that is there already is renamed to the first free `NAME.1.jsonl`, `NAME.2.jsonl`, ...
+    `start` is the step a run goes on from in its folder (0: it is new there). A file from before the stop may hold
+    steps after it, which the run will do again, and a torn last line: both are dropped, so every step stands in the
+    file once. A run that is new never drops anything: a file that is there already is renamed to the first free
+    `NAME.1.jsonl`, `NAME.2.jsonl`, ...
 
     A disk that is full or gone does not stop a run: `troubles` is told, rows that could not be written are kept and go
     before the next one, and a file or folder that vanished is made again with all it held.

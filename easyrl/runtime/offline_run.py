@@ -80,10 +80,9 @@ def train(
 
     `state` is that after step `checkpoints.start`.
     """
-    run_dir.begin(config, start=checkpoints.start)
-    troubles = Troubles()
-    start = checkpoints.start
-    trackers = start_trackers(config.logger, run_dir, config, start=start, troubles=troubles)
+    run_dir.begin(config, start=checkpoints.made_here)
+    troubles, start = Troubles(), checkpoints.start
+    trackers = start_trackers(config.logger, run_dir, config, start=checkpoints.made_here, troubles=troubles)
     rate = learning_rate(config, total)
 
     def export(folder: Path, params: dict, metrics: dict[str, float]) -> None:

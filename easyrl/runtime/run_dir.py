@@ -61,7 +61,8 @@ class RunDir:
     def begin(self, config: Any, *, start: int) -> None:
         """The first thing that a run does once nothing is wrong with it: writes the resolved `config`, on process 0.
 
-        `start` is the step that it goes on from. A new run (0) leaves an earlier one's files under other names.
+        `start` is the step that it goes on from in this folder. A run that is new there (0) leaves an earlier one's
+        files under other names.
         """
         if is_first() and start == 0:
             with self.writing():
@@ -107,7 +108,7 @@ def make_run_dir(output_dir: str, script: str, checkpoint_dir: str = "") -> RunD
     Nothing else is written: a run that turns out not to start leaves an earlier one alone. `output_dir` empty:
     `runs/<script>-<date>-<time>` under the working directory, with a number behind it if that is taken. Process 0
     creates; the other processes only learn the place. Raises UserError naming the flag when --output_dir is not a local
-    folder, when --checkpoint_dir holds it, when one of them cannot be written to, and when another run is writing there.
+    folder or --checkpoint_dir holds it, when one of them cannot be written to, and when another run is writing there.
     """
     if "://" in output_dir:
         raise UserError(f"--output_dir={output_dir}: expected a local folder, found the address of a store")

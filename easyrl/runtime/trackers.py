@@ -46,8 +46,8 @@ def start_trackers(
 ) -> list[Tracker]:
     """The trackers that `logger` asks for, JSON lines first; none on other processes than 0.
 
-    `config` is the script's resolved configuration, shown with the run; `start` is the step the run goes on from;
-    `troubles` is told when JSON lines cannot be written.
+    `config` is the script's resolved configuration, shown with the run; `start` is the step the run goes on from in its
+    folder, 0 for one that is new there; `troubles` is told when JSON lines cannot be written.
     """
     if not is_first():
         return []
