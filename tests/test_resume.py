@@ -16,7 +16,7 @@ from easyrl.core.sharding import make_mesh
 from easyrl.data.tokenizer import load_tokenizer
 from easyrl.hf.refs import load_model
 from easyrl.runtime.metrics import timeless
-from tests.offline import TINY, metrics_of, run_script, write_rows
+from tests.offline import TINY, die, metrics_of, run_script, write_rows
 from tests.train_ppo.conftest import write_model
 
 WORDS = ["sun", "river", "old dog", "why", "tell me", "a b", "blue", "go on"]
@@ -110,6 +110,12 @@ def test_by_hand_from_any_step_into_another_folder(folder, unbroken, broken, tmp
     ours, theirs = (load_file(path / "hf" / "model.safetensors") for path in (run, unbroken))
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_a_step_is_not_saved_before_its_model_is_there(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sft, "export_model", die)
+    start(folder, tmp_path, export_freq=2)
+    assert [path.parent.name for path in tmp_path.glob("checkpoints/*/run.json")] == ["1"]
 
 
 def test_with_other_flags_it_is_refused_and_nothing_is_touched(folder, broken, tmp_path):

@@ -11,8 +11,8 @@ The order in which a run is restored, each line needing those before it:
     7. config.yaml; metrics.jsonl and samples.jsonl without the rows after the step     (`RunDir.begin`, trackers)
     8. the loop, from the next step: data, samples and shuffles are functions of seed and step
 
-Saving is a hook. It comes after the hooks that log, so that a checkpoint of step k is never there before the metrics of
-step k are.
+Saving is a hook. It comes after the hooks that log and export, so that a checkpoint of step k is never there before the
+metrics and the model of step k are.
 """
 
 import math
@@ -117,7 +117,8 @@ class Checkpoints:
         best_by: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> Hook:
-        """Gives `memories` back what they knew, and makes the hook that saves. It must come after those that log.
+        """Gives `memories` back what they knew, and makes the hook that saves. It must come after those that log and
+        export.
 
         Args:
           memories: everything the run is to remember on the host, by name.

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from easyrl import train_ppo
 from easyrl.core.errors import UserError
 from easyrl.core.sharding import make_mesh
 from easyrl.hf.refs import load_model
+from tests.offline import die
 from tests.train_ppo.conftest import Result
 
 # Everything that a run remembers from step to step is in use: both optimizers, the KL coefficient, reward moments.
@@ -52,6 +54,12 @@ def test_bit_for_bit(run, flags, unbroken, broken, tmp_path):
     folder = shutil.copytree(broken.path, tmp_path / "run")
     assert_identical(run(**flags, output_dir=folder), unbroken)
     assert not list(folder.glob("*.1.*"))
+
+
+def test_a_step_is_not_saved_before_its_model_is_there(run, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ppo, "export_model", die)
+    run(**flags, output_dir=tmp_path, export_freq=2)
+    assert [path.parent.name for path in tmp_path.glob("checkpoints/*/run.json")] == ["1"]
 
 
 def test_with_other_weights_of_frozen_models_it_is_refused(run, flags, broken, tmp_path):
