@@ -1,13 +1,12 @@
 """An alarm for preference training that goes the wrong way round: margins grow because good answers become unlikely."""
 
-import sys
 from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
-from tqdm import tqdm
 
 from easyrl.runtime.loop import Hook, StepInfo
+from easyrl.runtime.progress import warn
 
 WINDOW = 20  # steps whose mean is compared
 CHOSEN, MARGINS, ALARM = "rewards/chosen", "rewards/margins", "alarms/chosen_falls"
@@ -29,12 +28,12 @@ class ChosenFalls:
         self._last: deque[tuple[float, float]] = deque(maxlen=window)
 
     def __call__(self, metrics: Mapping[str, float]) -> bool:
-        """Whether the alarm is on after a step with these metrics; never within the first two windows."""
+        """Whether the alarm is on after a step with these metrics; never within the first two windows. A step whose
+        metrics are not finite is in none: it has taught nothing.
+        """
         both = (metrics[CHOSEN], metrics[MARGINS])
-        if len(self._first) < self._window:
-            self._first.append(both)
-            return False
-        self._last.append(both)
+        if np.isfinite(both).all():
+            (self._first if len(self._first) < self._window else self._last).append(both)
         if len(self._last) < self._window:
             return False
         first, last = np.array(self._first), np.array(self._last)
@@ -65,10 +64,6 @@ def chosen_falls_hook(alarm: ChosenFalls) -> Hook:
         info.metrics[ALARM] = float(on)
         if on and not told:
             told = True
-            tqdm.write(
-                f"easyrl: warning: step {info.step}: chosen answers become less likely while margins grow "
-                f"({ALARM}); see docs/dpo.md",
-                file=sys.stderr,
-            )
+            warn(f"step {info.step}: chosen answers become less likely while margins grow ({ALARM}); see docs/dpo.md")
 
     return Hook(on_step)

@@ -4,7 +4,6 @@ The compiled steps leave out every update that would be made from such a number,
 counts are watched on the host, where nothing has to wait for them.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from easyrl.core.distributed import is_first
 from easyrl.core.errors import RunFailed
 from easyrl.core.params import path_str
 from easyrl.core.sharding import fetch
 from easyrl.runtime.loop import Hook, StepInfo
+from easyrl.runtime.progress import warn
 
 # Metrics above 0 where an update was left out because a number was not finite.
 COUNTS = ("skipped", "ppo/not_finite", "ppo/policy/not_finite", "ppo/val/not_finite")
@@ -74,7 +72,7 @@ class Guard:
             return False
         self._in_a_row += 1
         self._steps += 1
-        _warn(f"step {info.step}: an update was left out: {self._explain(info.step, info.metrics, None)}")
+        warn(f"step {info.step}: an update was left out: {self._explain(info.step, info.metrics, None)}")
         if self._last is None and self._in_a_row > self._most:
             self._last = info
         return self._last is not None
@@ -91,17 +89,12 @@ class Guard:
 
     def _on_end(self, info: StepInfo) -> None:
         if self._steps:
-            _warn(f"{self._steps} of the run's steps left out an update because a number was not finite")
+            warn(f"{self._steps} of the run's steps left out an update because a number was not finite")
         if self._in_a_row > self._most:  # the batches are gone with the process that made them
             raise RunFailed(
                 f"step {info.step}: nothing is exported, as the {self._in_a_row} steps before the end, more than "
                 f"--max_bad_steps={self._most}, had a number that is not finite"
             )
-
-
-def _warn(text: str) -> None:
-    if is_first():
-        tqdm.write(f"easyrl: warning: {text}", file=sys.stderr)
 
 
 def terms_of(metrics: Metrics, names: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The progress bar: one line, on process 0."""
+"""The progress bar: one line, on process 0; and the warnings above it."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,6 +44,12 @@ def progress_hook(total: int, show: Mapping[str, str], *, start: int = 0, file: 
         bar.close()  # what else is said at the end has lines of its own
 
     return Hook(on_step=on_step, on_stop=end, on_end=end, close=bar.close)
+
+
+def warn(text: str) -> None:
+    """Prints a warning on process 0, above the bar."""
+    if is_first():
+        tqdm.write(f"easyrl: warning: {text}", file=sys.stderr)
 
 
 def compile_programs(calls: Sequence[Call]) -> None:

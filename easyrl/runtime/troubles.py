@@ -85,4 +85,5 @@ def reason_of(error: Exception) -> str:
 
 
 def _say(text: str) -> None:
+    """On every process: a disk may fail one alone, and nobody else knows of it."""
     tqdm.write(f"easyrl: {text}", file=sys.stderr)

@@ -1,24 +1,33 @@
 """The alarm for chosen answers that fall while margins rise."""
 
+import jax
 import numpy as np
 import pytest
 
+from easyrl.core import distributed
 from easyrl.runtime.alarms import ChosenFalls, chosen_falls_hook
 from easyrl.runtime.loop import StepInfo
 
 
-def run(chosen, margins, window=5, noise=0.1):
-    """The alarm after each of 40 steps whose rewards go from 0 to `chosen` and `margins`, with noise."""
+def run(chosen, margins, window=5, noise=0.1, bad=None):
+    """The alarm after each of 40 steps whose rewards go from 0 to `chosen` and `margins`, with noise; NaN at `bad`."""
     rng = np.random.default_rng(0)
     alarm = ChosenFalls(window)
     way = np.linspace(0, 1, 40)
     steps = zip(chosen * way + noise * rng.normal(size=40), margins * way + noise * rng.normal(size=40), strict=True)
-    return [alarm({"rewards/chosen": c, "rewards/margins": m}) for c, m in steps]
+    rewards = [(np.nan, np.nan) if step == bad else both for step, both in enumerate(steps)]
+    return [alarm({"rewards/chosen": c, "rewards/margins": m}) for c, m in rewards]
 
 
 def test_it_rings_when_chosen_answers_fall_and_margins_rise():
     rang = run(chosen=-3.0, margins=3.0)
     assert rang[-1] and not any(rang[:9])
+
+
+@pytest.mark.parametrize("bad", [2, 30])
+def test_a_step_that_is_not_finite_is_passed_over(bad):
+    rang, in_peace = run(chosen=-3.0, margins=3.0, bad=bad), run(chosen=-3.0, margins=3.0)
+    assert rang[-1] and sum(rang) >= sum(in_peace) - 1
 
 
 @pytest.mark.parametrize(("chosen", "margins"), [(3, 3), (-3, -3), (3, -3), (0, 3), (-3, 0)])
@@ -30,12 +39,15 @@ def test_it_is_silent_about_noise():
     assert not any(run(0.0, 0.0, window=20))
 
 
-def test_the_hook_adds_the_metric_and_warns_once(capsys):
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_hook_adds_the_metric_and_process_0_warns_once(process, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
     hook = chosen_falls_hook(ChosenFalls(window=2))
     rows = [{"rewards/chosen": -float(i), "rewards/margins": float(i)} for i in range(8)]
     for step, metrics in enumerate(rows, 1):
         hook.on_step(StepInfo(step, metrics))
     assert [row["alarms/chosen_falls"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1]
     warning = "easyrl: warning: step 4: chosen answers become less likely while margins grow (alarms/chosen_falls)"
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(warning)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (process == 0) and all(line.startswith(warning) for line in lines)
