@@ -43,6 +43,8 @@ def test_one_bad_sample_costs_one_step_and_nothing_else(flags, tmp_path, capsys)
     metrics = metrics_of(tmp_path / "run")
     (bad,) = [row["step"] for row in metrics if row["skipped"]]
     assert [row["loss"] is None for row in metrics] == [row["step"] == bad for row in metrics] and len(metrics) == 3
+    updates = np.cumsum([0, *(row["step"] != bad for row in metrics)])[:-1]
+    assert [row["learning_rate"] for row in metrics] == pytest.approx(1e-2 * (1 - updates / 3))
     weights = {step: read_tensors(tmp_path / "run" / f"hf-{step}")["score.weight"] for step in (1, 2, 3)}
     changed = [not np.array_equal(weights[step], weights[step + 1]) for step in (1, 2)]
     assert changed == [step + 1 != bad for step in (1, 2)]

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import jax
 import numpy as np
 
 from easyrl.core.config import to_dict
@@ -83,7 +84,7 @@ def train(
     run_dir.begin(config, start=checkpoints.made_here)
     troubles, start = Troubles(), checkpoints.start
     trackers = start_trackers(config.logger, run_dir, config, start=checkpoints.made_here, troubles=troubles)
-    rate = learning_rate(config, total)
+    rate = jax.jit(learning_rate(config, total), out_shardings=state.updates.sharding)
 
     def export(folder: Path, params: dict, metrics: dict[str, float]) -> None:
         check_weights(folder, params)
@@ -106,10 +107,10 @@ def train(
             tracker.log_samples(step, method.samples)
         method.samples.clear()
 
-    def numbered_step(state: TrainState, numbered: tuple[int, Any]) -> tuple[TrainState, dict[str, Any]]:
-        number, batch = numbered
+    def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        now = rate(state.updates)  # the optimizer counts as the state does: without the updates that are left out
         state, metrics = method.update(state, method.place(batch))
-        metrics = metrics | {"learning_rate": rate(number - 1)}
+        metrics = metrics | {"learning_rate": now}
         if isinstance(batch, Batch):
             metrics["tokens/padding_share"] = batch.packing.padding_share()
         return state, metrics
@@ -167,8 +168,8 @@ def train(
     with stopping_at_signals(checkpoints.request_stop):
         run_loop(
             state,
-            enumerate(loader.batches(start, total), start + 1),
-            numbered_step,
+            loader.batches(start, total),
+            step_fn,
             start=start,
             total=total,
             hooks=[
