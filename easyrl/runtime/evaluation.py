@@ -9,6 +9,7 @@ from typing import Any
 from easyrl.core.distributed import is_first
 from easyrl.core.files import write_atomic
 from easyrl.runtime.metrics import PhaseTimer, fetch
+from easyrl.runtime.progress import warn
 from easyrl.runtime.troubles import Troubles
 
 LATER = "trying again when an evaluation is better still"
@@ -32,6 +33,7 @@ class Evaluation:
       best_by: the metric that decides. Of a loss the lowest is best, of anything else the highest; a later step must be
         better to take the place of an earlier one.
       on_best: called with the parameters and the evaluation's metrics when a step of the training is the best so far.
+        A warning says so if none ever was.
       troubles: told when `path` or what `on_best` writes cannot be written.
     """
 
@@ -80,5 +82,7 @@ class Evaluation:
             if self._on_best is not None and step > 0:
                 with self._troubles.attempt("the export of the best step", LATER):
                     self._on_best(params, metrics)
+        if self._on_best is not None and step == self._total and (self._best is None or self._best[0] == 0):
+            warn(f"no step beat the start by {self._best_by}, so that none is exported as the best")
         best = {} if self._best is None else {"eval/best_step": self._best[0]}
         return metrics | best | timer.metrics()

@@ -34,6 +34,16 @@ def test_the_best_step_is_the_lowest_loss_or_the_highest_of_anything_else(tmp_pa
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": best, f"eval/{best_by}": values[best]}
 
 
+@pytest.mark.parametrize(("values", "silent"), [([1.0, 0.5, 2.0], True), ([1.0, 2.0, 2.0], False)])
+def test_it_says_when_the_start_stays_the_best(tmp_path, capsys, values, silent):
+    run = evaluation(tmp_path, values, total=2, on_best=lambda *_: None)
+    for step in range(3):
+        assert not capsys.readouterr().err
+        run(step, step)
+    said = "easyrl: warning: no step beat the start by eval/loss, so that none is exported as the best\n"
+    assert capsys.readouterr().err == ("" if silent else said)
+
+
 def test_a_later_step_must_be_better(tmp_path):
     run = evaluation(tmp_path, [1.0, 1.0])
     assert [run(step, step)["eval/best_step"] for step in range(2)] == [0, 0]
