@@ -11,6 +11,7 @@ metrics.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,7 @@ class Config(DPOConfig, OnlineConfig, OfflineConfig):
         True, "Ask the reference about all data before training, and keep what it says on disk for later runs; false: "
         "hold it in memory and ask it about every batch.",
     )  # fmt: skip
-    lr: float = flag(5e-7, "Peak learning rate.", least=0)
+    lr: float = flag(5e-7, "Peak learning rate.", least=0, below=math.inf)
     warmup_ratio: float = flag(0.1, "Share of all steps over which the learning rate rises from 0.", least=0, most=1)
 
     def __post_init__(self) -> None:

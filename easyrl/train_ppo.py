@@ -110,8 +110,8 @@ class Config(PPOConfig, RewardConfig, DecodingConfig, RunConfig):
     mini_batch_size: int = flag(
         1, "Responses in one optimizer step; divides batch_size x rollouts_per_prompt.", least=1
     )
-    lr: float = flag(1e-5, "Peak learning rate of the policy.", least=0)
-    value_lr: float = flag(0.0, "Peak learning rate of the value model. 0: --lr.", least=0)
+    lr: float = flag(1e-5, "Peak learning rate of the policy.", least=0, below=math.inf)
+    value_lr: float = flag(0.0, "Peak learning rate of the value model. 0: --lr.", least=0, below=math.inf)
     lr_schedule: str = flag("constant", "After the warm-up.", choices=("constant", "linear", "cosine"))
     warmup_epochs: float = flag(0.0, "Epochs, or a part of one, over which the learning rate rises from 0.", least=0)
     policy_freeze_epochs: float = flag(0.0, "Epochs, or a part of one, in which only the value model learns.", least=0)

@@ -7,6 +7,7 @@ docs/reward_models.md explains losses, flags and metrics.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ STATISTICS = {"reward_mean": "eval/mean_reward", "reward_std": "eval/reward_std"
 class Config(RewardLossConfig, OfflineConfig):
     """Train a reward model on preferences, from a language model or from another reward model."""
 
-    lr: float = flag(1e-5, "Peak learning rate.", least=0)
+    lr: float = flag(1e-5, "Peak learning rate.", least=0, below=math.inf)
     subset_column: str = flag("subset", "Column of the held-out data that names subsets to report accuracy for.")
 
 

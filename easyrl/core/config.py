@@ -170,12 +170,15 @@ def from_flag_values(config_class: type[T], values: Mapping[str, Any], prefix: s
 
 def from_dict(config_class: type[T], values: Mapping[str, Any]) -> T:
     """The config of this class from nested values as `to_dict` gives them, which may hold more than its own flags; a
-    flag that is missing has its default.
+    flag that is missing has its default. A number may be text, as JSON has it where it is infinite.
     """
-    fields = {}
+    fields: dict[str, Any] = {}
     for field, kind in _fields(config_class):
         value = values.get(field.name, field.default)
-        fields[field.name] = from_dict(kind, value) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            fields[field.name] = from_dict(kind, value)
+        else:
+            fields[field.name] = float(value) if kind is float else value
     return config_class(**fields)
 
 

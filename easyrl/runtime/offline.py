@@ -56,8 +56,10 @@ class OfflineConfig(RunConfig):
     save_best: bool = flag(False, "Also export the weights of the best evaluation, to hf_best.", may_change=True)
 
     total_steps: int = flag(0, "Optimizer steps. 0: as many as --num_epochs passes take.", least=0)
-    lr: float = flag(2e-5, "Peak learning rate.", least=0)
-    end_lr: float = flag(0.0, "Learning rate after the last step of a linear or cosine schedule.", least=0)
+    lr: float = flag(2e-5, "Peak learning rate.", least=0, below=math.inf)
+    end_lr: float = flag(
+        0.0, "Learning rate after the last step of a linear or cosine schedule.", least=0, below=math.inf
+    )
     warmup_ratio: float = flag(0.03, "Share of all steps over which the learning rate rises from 0.", least=0, most=1)
 
     @property

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,8 @@ KEY = "easyrl"  # of the metadata
 def save_recording(path: Path, batch: Any, facts: Mapping[str, Any]) -> Path:
     """Writes a tree of arrays, which every process holds whole, and `facts` on process 0; all processes call this.
 
-    The class of the tree is kept as the fact `kind`. A number among the facts that is not finite becomes null.
+    The class of the tree is kept as the fact `kind`. A number among the facts that is not finite becomes null; an
+    infinite flag is kept as text.
     """
     leaves = jax.tree_util.tree_leaves_with_path(fetch(batch))
     arrays = {path_str(name): np.array(leaf, order="C") for name, leaf in leaves}  # numbers stay numbers
@@ -39,7 +40,8 @@ def save_recording(path: Path, batch: Any, facts: Mapping[str, Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"kind": type(batch).__name__, "jax": jax.__version__, "device": jax.devices()[0].device_kind, **facts}
         with write_atomic(path) as part:
-            save_file(arrays, part, metadata={KEY: json.dumps(_plain(about), allow_nan=False)})
+            plain = _plain(about) | {"config": _plain(facts["config"], str)}
+            save_file(arrays, part, metadata={KEY: json.dumps(plain, allow_nan=False)})
     return path
 
 
@@ -78,11 +80,12 @@ def as_tree(kind: type[T], arrays: Mapping[str, np.ndarray], prefix: str = "") -
     return kind(**fields)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, unknown: Callable[[float], str | None] = lambda _: None) -> Any:
+    """`value` as JSON can hold it; what `unknown` makes of a number that is not finite."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): _plain(item, unknown) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, unknown) for item in value]
     if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
+        return float(value) if math.isfinite(value) else unknown(float(value))
     return value

@@ -1,5 +1,7 @@
 """Batches kept in files: what is read is what was written, and nothing else is read."""
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from easyrl.core.config import from_dict, to_dict
 from easyrl.core.errors import UserError
 from easyrl.runtime.recording import as_tree, load_recording, save_recording
+from easyrl.steps.ppo import PPOConfig
 
 
 class Inner(flax.struct.PyTreeNode):
@@ -33,6 +37,12 @@ def test_a_recording_comes_back_as_it_was(tmp_path):
     again = as_tree(Outer, arrays)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(BATCH), again)
     assert isinstance(again.inner, Inner)
+
+
+def test_infinite_flags_come_back(tmp_path):
+    config = PPOConfig(cliprange_value=math.inf)
+    path = save_recording(tmp_path / "x", BATCH, FACTS | {"config": to_dict(config)})
+    assert from_dict(PPOConfig, load_recording(path)[1]["config"]) == config
 
 
 def test_a_file_that_is_something_else_is_refused_in_one_line(tmp_path):

@@ -97,6 +97,7 @@ FLAGS = {
     "YAML that is not there": (lambda b: {"config": "/no/such.yaml"}, "--config=/no/such.yaml: No such file"),
     "YAML that is none": (lambda b: {"config": b.file("c.yaml", "lr: [1\n")}, "c.yaml, line 2: not YAML"),
     "not one of the choices": (lambda b: {"lr_schedule": "step"}, "expected one of constant, linear, cosine"),
+    "an infinite learning rate": (lambda b: {"lr": "inf"}, "--lr=inf: expected 0 or more, less than inf"),
     "temperature 0": (lambda b: {"temperature": 0}, "--temperature=0: expected more than 0"),
     "negative temperature": (lambda b: {"temperature": -1}, "--temperature=-1: expected more than 0"),
     "top_p above 1": (lambda b: {"top_p": 1.5}, "--top_p=1.5: expected more than 0, at most 1"),
