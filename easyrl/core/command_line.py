@@ -22,7 +22,7 @@ import absl.logging
 import yaml
 
 from easyrl.core.config import EXPECTED, FlagSpec, flag_specs, from_flag_values, parse_value
-from easyrl.core.errors import RunFailed, RunStopped, UserError, tell
+from easyrl.core.errors import RunFailed, RunStopped, UserError, raise_at_sigint, tell
 
 T = TypeVar("T")
 
@@ -233,6 +233,7 @@ def run(
             main(config)  # what it returns is not an exit status
 
     try:
+        raise_at_sigint()
         _, run_app = _mlxu()
         run_app(call, flags_parser=parse)
     except (UserError, RunFailed, RunStopped, KeyboardInterrupt) as error:

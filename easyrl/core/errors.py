@@ -1,5 +1,7 @@
 """The exceptions that a user is meant to see, and the line in which they are told."""
 
+import os
+import signal
 import sys
 
 
@@ -56,3 +58,21 @@ def tell(error: BaseException, show: bool = True) -> int:
     if message and show:
         print(f"easyrl: {message}", file=sys.stderr)
     return status
+
+
+def leave_at_sigint() -> None:
+    """Until `raise_at_sigint` Ctrl-C ends this process at once, in one line: an exception in the middle of an import
+    would leave a traceback, or end in a crash of the library that was being imported.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as in the background
+        signal.signal(signal.SIGINT, _leave)
+
+
+def raise_at_sigint() -> None:
+    """Undoes `leave_at_sigint`: Ctrl-C is an exception again."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(*_: object) -> None:
+    os._exit(tell(KeyboardInterrupt()))

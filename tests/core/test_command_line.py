@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,8 @@ from typing import ClassVar
 import absl.flags
 import pytest
 
-from easyrl.core.command_line import help_text, load_config
+from easyrl.core import errors
+from easyrl.core.command_line import help_text, load_config, run
 from easyrl.core.config import flag, flag_specs, to_yaml
 from easyrl.core.errors import UserError
 
@@ -360,6 +362,38 @@ def test_an_interrupted_script(script):
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1] == "easyrl: interrupted"
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def sigint_as_in_front():
+    """SIGINT is ignored where tests run in the background, and so in their children."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.mark.parametrize("name", ["train_sft", "train_rm", "train_dpo", "train_ppo", "generate", "plan"])
+def test_a_script_that_is_interrupted_among_its_imports(name, tmp_path, sigint_as_in_front):
+    (tmp_path / "numpy.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", f"easyrl.{name}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+    assert child.stdout.readline() == "importing\n"
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=30)
+    assert (child.returncode, said) == (130, "easyrl: interrupted\n")
+
+
+def test_ctrl_c_is_an_exception_to_whoever_imports_easyrl_and_once_a_script_runs(sigint_as_in_front, monkeypatch):
+    code = "import easyrl, signal; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    errors.leave_at_sigint()
+    assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit):
+        run(print, Config)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_fault_keeps_its_traceback(script):
