@@ -58,7 +58,8 @@ def _watch(reader: int, request_stop: Callable[[str], None]) -> None:
             first = first or time.monotonic()
         name = signal.Signals(number).name
         if not told and is_first():
-            text = "the step under way is finished and saved; a second SIGINT leaves at once"
+            leaving = "a second SIGINT leaves" if number == signal.SIGINT else "two SIGINTs leave"
+            text = f"the step under way is finished and saved; {leaving} at once"
             print(f"\neasyrl: {name}: {text}", file=sys.stderr, flush=True)
         told = True
         request_stop(name)

@@ -17,13 +17,16 @@ def send(number, requested, count):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_for_the_run_to_stop(number, capfd):
+@pytest.mark.parametrize(
+    ("number", "leaving"), [(signal.SIGTERM, "two SIGINTs leave"), (signal.SIGINT, "a second SIGINT leaves")]
+)
+def test_a_signal_asks_for_the_run_to_stop(number, leaving, capfd):
     requested, before = [], signal.getsignal(number)
     with stopping_at_signals(requested.append):
         send(number, requested, 1)
     assert requested == [number.name]
-    assert f"easyrl: {number.name}: the step under way is finished and saved" in capfd.readouterr().err
+    line = f"easyrl: {number.name}: the step under way is finished and saved; {leaving} at once\n"
+    assert line in capfd.readouterr().err
     assert signal.getsignal(number) is before
 
 
@@ -33,7 +36,7 @@ def test_two_sigterms_and_one_sigint_end_nothing(capfd):
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             send(number, requested, len(requested) + 1)
     assert requested == ["SIGTERM", "SIGTERM", "SIGINT"]
-    assert capfd.readouterr().err.count("leaves at once") == 1
+    assert capfd.readouterr().err.count("two SIGINTs leave at once") == 1
 
 
 BUSY = """
@@ -45,12 +48,14 @@ with stopping_at_signals(lambda name: print(name, flush=True)):
 """
 
 
-def test_a_second_sigint_leaves_at_once():
+@pytest.mark.parametrize("first", [[], [signal.SIGTERM]], ids=["", "after a SIGTERM"])
+def test_a_second_sigint_leaves_at_once(first):
     process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "SIGINT\n"
+        for number in [*first, signal.SIGINT]:
+            process.send_signal(number)
+            assert process.stdout.readline() == f"{number.name}\n"
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)  # the same, passed on by a launcher
         time.sleep(1)
