@@ -92,7 +92,7 @@ class Guard:
             warn(f"{self._steps} of the run's steps left out an update because a number was not finite")
         if self._in_a_row > self._most:  # the batches are gone with the process that made them
             raise RunFailed(
-                f"step {info.step}: nothing is exported, as the {self._in_a_row} steps before the end, more than "
+                f"step {info.step}: nothing is exported, as the last {self._in_a_row} steps, more than "
                 f"--max_bad_steps={self._most}, had a number that is not finite"
             )
 

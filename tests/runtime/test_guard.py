@@ -60,7 +60,7 @@ def test_started_again_it_has_failed_too_and_nothing_that_follows_is_done():
     again = Guard(1, lambda *_: "", lambda *_: "")
     again.recall(guard.remember())
     exports = []
-    with pytest.raises(RunFailed, match=r"step 8: nothing is exported, as the 2 steps .*--max_bad_steps=1, had"):
+    with pytest.raises(RunFailed, match=r"step 8: nothing is exported, as the last 2 steps.*--max_bad_steps=1, had"):
         run_loop(0, [], None, start=8, total=8, hooks=[again.hook(), Hook(on_end=exports.append)])
     assert not exports
     more = Guard(2, lambda *_: "", lambda *_: "")  # --max_bad_steps may change
