@@ -15,6 +15,7 @@ Saving is a hook. It comes after the hooks that log and export, so that a checkp
 metrics and the model of step k are.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +89,7 @@ class Checkpoints:
         self.start: int = source.step if source else 0
         self.made_here: int = source.step if source and source.folder == folder else 0
         self.metrics: dict[str, float] = source.facts["metrics"] if source else {}
-        self._asked, self._stop, self._stopped_after = "", "", 0  # reasons: of this process, and of all
+        self._stop = _Stop()
 
     def restore(self, abstract: State, create: Callable[[], State]) -> State:
         """The state to train: that of the checkpoint, or for a new run `create()`.
@@ -105,7 +106,7 @@ class Checkpoints:
         Cheap and safe to call at any time, from another thread too. Of several processes any may be asked; they all end
         one step later, after the same one.
         """
-        self._asked = self._asked or reason
+        self._stop.asked = self._stop.asked or reason
 
     def hook(
         self,
@@ -145,72 +146,30 @@ class Checkpoints:
             named = "--checkpoint_dir=" if config.checkpoint_dir else ""
             raise UserError(f"{named}{self.folder}: cannot write checkpoints there: {reason_of(error)}") from None
         sign = direction(best_by)
-        saved_at, saved, under_way = clock(), self.start, False
-        ballot = Ballot()
 
-        def due(step: int) -> bool:
-            late = config.save_minutes > 0 and clock() - saved_at >= 60 * config.save_minutes
-            wish = ballot(STOP if self._asked else SAVE if late else NOTHING)
-            if wish == STOP and not self._stop:
-                self._stop = next(filter(None, gather_texts(self._asked)))
-            # A vote to save that is older than the last save is done with.
-            urgent = wish == STOP or (wish == SAVE and (step > saved + 1 or not several()))
-            return urgent or step == total or (config.save_model_freq > 0 and step % config.save_model_freq == 0)
-
-        def settle() -> None:
-            """Waits for the save under way, if there is one."""
-            nonlocal under_way
-            if not under_way:
-                return
-            under_way = False
-            try:
-                writer.wait()
-            except Exception as error:
-                troubles.add(THING, error, THEN)
-            else:
-                troubles.mend(THING)
-
-        def start(info: StepInfo) -> None:
-            nonlocal saved_at, saved, under_way
-            settle()
+        def facts_of(info: StepInfo) -> dict[str, Any]:
             score = sign * info.metrics.get(best_by, math.nan)
-            facts = {
+            return self._facts | {
                 "step": info.step,
                 "score": score if math.isfinite(score) else None,
                 "metrics": info.metrics,
                 "memories": {name: memory.remember() for name, memory in memories.items()},
             }
-            try:
-                writer.start(info.step, info.state, self._facts | facts)
-                under_way = True
-            except Exception as error:
-                troubles.add(THING, error, THEN)
-            saved_at, saved = clock(), info.step
 
-        def on_step(info: StepInfo) -> bool:
-            start(info)
-            return bool(self._stop) and info.step < total
-
-        def on_end(info: StepInfo) -> None:
-            settle()
-            if info.step > saved or anywhere(THING in troubles):
-                start(info)
-                settle()
-
-        def on_stop(info: StepInfo) -> None:
-            on_end(info)
-            self._stopped_after = info.step
-
-        return Hook(on_step, every=due, needs_state=True, on_end=on_end, on_stop=on_stop, close=writer.close)
+        saver = _Saver(config, writer, facts_of, self._stop, troubles, start=self.start, total=total, clock=clock)
+        return Hook(
+            saver.save_and_go_on, every=saver.due, needs_state=True, on_end=saver.finish, on_stop=saver.stop,
+            close=writer.close,
+        )  # fmt: skip
 
     def check_end(self, troubles: Troubles) -> None:
         """What is left to say when the loop is over: RunFailed where something could not be written, RunStopped where
         the run was asked to end early.
         """
         troubles.end()
-        if self._stop and self._stopped_after:
+        if self._stop.reason and self._stop.after:
             raise RunStopped(
-                f"{self._stop}: stopped after step {self._stopped_after}, saved in {self.folder}; the same command "
+                f"{self._stop.reason}: stopped after step {self._stop.after}, saved in {self.folder}; the same command "
                 f"with --output_dir={self._run_dir.path} goes on"
             )
 
@@ -226,6 +185,85 @@ class Checkpoints:
             folder.mkdir()
             lock.rename(folder / LOCK)
         say(f"checkpoints of an earlier run are in {aside} now")
+
+
+@dataclasses.dataclass
+class _Stop:
+    """Why a run is to end early, and where it did."""
+
+    asked: str = ""  # the reason that this process has
+    reason: str = ""  # that of all processes
+    after: int = 0  # the last step
+
+
+class _Saver:
+    """Saves the steps at which a save is due, each while the next ones are made."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        writer: Writer,
+        facts_of: Callable[[StepInfo], dict[str, Any]],
+        stop: _Stop,
+        troubles: Troubles,
+        *,
+        start: int,
+        total: int,
+        clock: Callable[[], float],
+    ):
+        self._config, self._writer, self._facts_of, self._stop = config, writer, facts_of, stop
+        self._troubles, self._total, self._clock, self._ballot = troubles, total, clock, Ballot()
+        self._saved, self._saved_at, self._under_way = start, clock(), False
+
+    def due(self, step: int) -> bool:
+        """Whether to save this step: the last one, by its number, by the clock, or because the run is to stop."""
+        minutes, every = self._config.save_minutes, self._config.save_model_freq
+        late = minutes > 0 and self._clock() - self._saved_at >= 60 * minutes
+        wish = self._ballot(STOP if self._stop.asked else SAVE if late else NOTHING)
+        if wish == STOP and not self._stop.reason:
+            self._stop.reason = next(filter(None, gather_texts(self._stop.asked)))
+        # A vote to save that is older than the last save is done with.
+        urgent = wish == STOP or (wish == SAVE and (step > self._saved + 1 or not several()))
+        return urgent or step == self._total or (every > 0 and step % every == 0)
+
+    def save_and_go_on(self, info: StepInfo) -> bool:
+        """Saves in the background; whether the run ends here."""
+        self._save(info)
+        return bool(self._stop.reason) and info.step < self._total
+
+    def finish(self, info: StepInfo) -> None:
+        """Waits until the last step is saved."""
+        self._settle()
+        if info.step > self._saved or anywhere(THING in self._troubles):
+            self._save(info)
+            self._settle()
+
+    def stop(self, info: StepInfo) -> None:
+        """As `finish`, of a run that ends early."""
+        self.finish(info)
+        self._stop.after = info.step
+
+    def _save(self, info: StepInfo) -> None:
+        self._settle()
+        facts = self._facts_of(info)
+        try:
+            self._writer.start(info.step, info.state, facts)
+            self._under_way = True
+        except Exception as error:
+            self._troubles.add(THING, error, THEN)
+        self._saved, self._saved_at = info.step, self._clock()
+
+    def _settle(self) -> None:
+        """Waits for the save under way, if there is one."""
+        if not self._under_way:
+            return
+        self._under_way = False
+        try:
+            self._writer.wait()
+        except Exception as error:
+            self._troubles.add(THING, error, THEN)
+        else:
+            self._troubles.mend(THING)
 
 
 def spare_steps(facts: Mapping[int, Mapping[str, Any]], keep: int, every: int) -> list[int]:
