@@ -366,15 +366,14 @@ def main(config: Config) -> None:
         metrics["tokens/padding_share"] = packing.padding_share()
         metrics["ppo/learning_rate"] = learning_rate
         metrics["tokens"] = int(sampled.lengths.sum())
-        if step + 1 == total_steps or (config.eval_freq and (step + 1) % config.eval_freq == 0):
-            metrics |= evaluate(state, step + 1)
         if policy_trains:  # else no coefficient can change the KL
             state = state.replace(kl_coef=kl_coef)
         return state, metrics
 
     def evaluate(state: PPOState, step: int) -> dict[str, float]:
-        """How the policy does on the held-out prompts, with the same randomness every time."""
-        if held_out is None:
+        """How the policy does on the held-out prompts, always with the same randomness; {} where that is not due."""
+        due = step in (0, total_steps) or (config.eval_freq and step % config.eval_freq == 0)
+        if held_out is None or not due:
             return {}
         params = state.policy.params
 
@@ -461,6 +460,7 @@ def main(config: Config) -> None:
                 saving,
                 Hook(on_end=finish_run, close=run_dir.close),
             ],
+            evaluate=evaluate,
             metrics=checkpoints.metrics,
         )
     guard.check()
