@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ from easyrl.core.text import is_hub_id
 from easyrl.data.messages import BadRow, show
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-SPLIT = re.compile(r"(?P<name>[\w.\-]*)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # of a dataset, beside its files
+SPLIT = re.compile(r"(?P<name>[\w.\-]*)(\[(?P<start>\d{0,18}):(?P<stop>\d{0,18})\])?")
+BEHIND_SPLIT = re.compile(r"-\d+-of-\d+|\.(?:jsonl?|parquet)")  # what follows a split's name in that of its file
 PARQUET_ROWS = 256  # rows decoded at a time
 ZIPPED = 3  # bytes of text in a byte of a compressed file, roughly
 
@@ -114,11 +117,8 @@ class Source:
 
         Raises UserError for what is wrong with a whole file: cut short, not of the kind its name says.
         """
-        for index, row in enumerate(self._read(on_bad)):
-            if self.split.stop is not None and index >= self.split.stop:
-                return
-            if index >= self.split.start:
-                yield row
+        # Not a row more is read: behind the slice lines may be broken.
+        return islice(self._read(on_bad), self.split.start, self.split.stop)
 
 
 def open_source(path: str, part: Split = WHOLE) -> Source:
@@ -147,13 +147,24 @@ def _hub_names(path: str) -> tuple[str, str | None]:
 
 
 def _files_in(path: str, folder: Path, name: str) -> list[Path]:
-    entries = (entry for entry in folder.rglob("*") if entry.name.endswith(SUFFIXES) and entry.name[0] != ".")
-    files = sorted(entry for entry in entries if entry.is_file())
+    """The data files of a folder that belong to the split `name`, in the order of their names; without one, all.
+
+    A split's files are called by its name, or lie in a folder that is. Where none does, they are those that have it as
+    a word in their path.
+    """
+    files = sorted(
+        entry
+        for entry in folder.rglob("*")
+        if entry.name.endswith(SUFFIXES) and entry.name not in DESCRIPTIONS and entry.is_file()
+        if not any(part.startswith(".") for part in entry.relative_to(folder).parts)  # editors keep copies there
+    )
     if not files:
         raise UserError(f"{path}: found no data file in this folder, expected one of {', '.join(SUFFIXES)}")
     if not name:
         return files
-    chosen = [file for file in files if name in re.split(r"[^A-Za-z0-9]+", str(file.relative_to(folder)))]
+    places = [(file, file.relative_to(folder)) for file in files]
+    chosen = [file for file, place in places if name in (*place.parts[:-1], BEHIND_SPLIT.split(place.name)[0])]
+    chosen = chosen or [file for file, place in places if name in re.split(r"[^A-Za-z0-9]+", str(place))]
     if not chosen:
         found = ", ".join(file.name for file in files[:6])
         raise UserError(f"{path}: no file belongs to split {name!r}, found {found}")
@@ -161,25 +172,35 @@ def _files_in(path: str, folder: Path, name: str) -> list[Path]:
 
 
 def _open_files(path: str, files: list[Path], part: Split) -> Source:
-    digest = hashlib.sha256(repr((part, [file.name for file in files])).encode())
     for file in files:
         if not file.name.endswith(SUFFIXES):
             raise UserError(f"{file}: found a file of unknown kind, expected one of {', '.join(SUFFIXES)}")
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty")
-        try:
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise UserError(f"{file}: the file cannot be read ({error.strerror})") from None
 
     def read(on_bad: OnBad) -> Iterator[Row]:
         for file in files:
             yield from _read_parquet(file) if file.name.endswith(".parquet") else _read_json(file, on_bad)
 
     num_bytes = sum(file.stat().st_size * (1 if file.name.endswith((".json", ".jsonl")) else ZIPPED) for file in files)
-    return Source(path, part, digest.hexdigest(), num_bytes, read, lambda: _count(files))
+    return Source(path, part, _fingerprint(files, part), num_bytes, read, lambda: _count(files))
+
+
+def _fingerprint(files: list[Path], part: Split) -> str:
+    """A hash of the files' names and bytes and of the choice of rows."""
+    digest = hashlib.sha256(repr((part, [file.name for file in files])).encode())
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise _unreadable(file, error) from None
+    return digest.hexdigest()
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file}: the file cannot be read ({error.strerror})")
 
 
 def _count(files: list[Path]) -> int | None:
@@ -222,26 +243,31 @@ def _read_list(file: Path, text: bytes) -> Iterator[Row]:
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines, with the faults of a whole file told apart."""
     number = 0
-    with file.open("rb") as raw:
-        start = raw.read(4)
-        raw.seek(0)
-        zipped = file.name.endswith(".gz")
-        if zipped != start.startswith(b"\x1f\x8b"):
-            found, wanted = ("plain data", "gzip") if zipped else ("gzip data", "plain text (or a name ending in .gz)")
-            raise UserError(f"{file}: found {found}, expected {wanted}")
-        if start.startswith(b"PAR1"):
-            raise UserError(f"{file}: found parquet data, expected JSON (or a name ending in .parquet)")
-        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{file}: found UTF-16 text, expected UTF-8")
-        try:
-            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if zipped else raw, 1):
+    try:
+        with file.open("rb") as raw:
+            _check_kind(file, raw.read(4))
+            raw.seek(0)
+            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw, 1):
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        except EOFError:
-            raise UserError(f"{file}: the gzip file is cut short after line {number}") from None
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{file}: the gzip file is damaged after line {number} ({error})") from None
+    except EOFError:
+        raise UserError(f"{file}: the gzip file is cut short after line {number}") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{file}: the gzip file is damaged after line {number} ({error})") from None
+    except OSError as error:
+        raise _unreadable(file, error) from None
     if number == 0:
         raise UserError(f"{file}: the file is empty")
+
+
+def _check_kind(file: Path, start: bytes) -> None:
+    zipped = file.name.endswith(".gz")
+    if zipped != start.startswith(b"\x1f\x8b"):
+        found, wanted = ("plain data", "gzip") if zipped else ("gzip data", "plain text (or a name ending in .gz)")
+        raise UserError(f"{file}: found {found}, expected {wanted}")
+    if start.startswith(b"PAR1"):
+        raise UserError(f"{file}: found parquet data, expected JSON (or a name ending in .parquet)")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{file}: found UTF-16 text, expected UTF-8")
 
 
 def _loads(text: bytes) -> Any:
@@ -304,7 +330,9 @@ def _open_saved(path: str, folder: Path, part: Split) -> Source:
         saved = saved[name]
     elif part.name not in ("", str(saved.split)):
         raise UserError(f"{path}: no split {part.name!r}, this folder holds one dataset without splits")
-    return _open_table(path, saved, part)
+    # `datasets` has a fingerprint of how the data were made, which other data may share.
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return _open_table(path, saved, part, _fingerprint(files, part))
 
 
 def _open_hub(path: str, part: Split) -> Source:
@@ -317,10 +345,10 @@ def _open_hub(path: str, part: Split) -> Source:
     except Exception as error:  # network, names, configs and splits each raise a class of their own
         found = f"{type(error).__name__}: {_first_line(error)}"
         raise UserError(f"{path}: no such file or folder, and the hub gives no such dataset ({found})") from None
-    return _open_table(path, table, part)
+    return _open_table(path, table, part, f"{table._fingerprint}{part}")
 
 
-def _open_table(path: str, table: Any, part: Split) -> Source:
+def _open_table(path: str, table: Any, part: Split, fingerprint: str) -> Source:
     """A `datasets.Dataset`, which is memory-mapped."""
     if len(table) == 0:
         raise UserError(f"{path}: the dataset has no row")
@@ -329,7 +357,7 @@ def _open_table(path: str, table: Any, part: Split) -> Source:
         for number, row in enumerate(table, 1):
             yield Row(f"{path} row {number}", row)
 
-    return Source(path, part, f"{table._fingerprint}{part}", table.data.nbytes, read, lambda: len(table))
+    return Source(path, part, fingerprint, table.data.nbytes, read, lambda: len(table))
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from easyrl.core.errors import UserError
 from easyrl.data.dataset import PackedDatasetConfig, load_dataset
+from easyrl.data.readers import open_source
 from easyrl.data.templates import load_template
 
 Q, A, B = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
@@ -259,6 +260,22 @@ def test_broken_json_on_line_7(tmp_path, template):
     assert f"{path} line 7: broken JSON" in complaint(path, "prompt", template)
 
 
+def test_what_lies_behind_a_slice_is_not_read(tmp_path, template):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q"}\n{"prompt"\n')
+    assert len(load_dataset(PackedDatasetConfig(path=str(path), split="[:1]"), "prompt", template)) == 1
+    assert f"{path} line 2: broken JSON" in complaint(path, "prompt", template, split="[:2]")
+
+
+def test_a_file_that_goes_while_it_is_read(tmp_path, template):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q"}\n')
+    source = open_source(str(path))
+    path.unlink()
+    with pytest.raises(UserError, match=f"^{path}: the file cannot be read \\(No such file or directory\\)"):
+        list(source.rows())
+
+
 LINE = b'{"prompt": "q"}\n'
 ZIPPED = gzip.compress(b'{"prompt": "%d"}\n' * 400)
 BAD_FILES = {
@@ -328,6 +345,7 @@ def test_bad_places(tmp_path, template):
     assert found(path, split="train[:10%]").startswith(
         "--train_dataset.split=train[:10%]: expected a name, a slice of rows"
     )
+    assert found(path, split=f"[:{'9' * 5000}]").endswith(" as in train, [2048:] or train[:2048]")
     assert f"{path}: no split 'test', a file has none" in found(path, split="test")
     assert "found no row to use (0 rows read)" in found(path, split="[5:]")
     assert "found weights for 1 of 2 datasets, expected all or none" in found(f"{path}:0.5,{path}")

@@ -74,6 +74,27 @@ def test_files_of_a_folder_follow_their_names_and_splits(tmp_path):
         open_source(str(tmp_path), parse_split("dev"))
 
 
+def test_a_split_is_the_files_that_are_called_so(tmp_path):
+    """UltraFeedback's train_sft is no part of its train_prefs, nor is there a split `train`."""
+    for name in ("train_prefs-00000-of-00001.parquet", "train_sft-00000-of-00001-0a1b.parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"n": [name[6]]}), tmp_path / name)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"n": "t"}'))
+    (tmp_path / "a_test.jsonl").write_text('{"n": "other"}')
+    found = {
+        name: values(open_source(str(tmp_path), parse_split(name))) for name in ("train_prefs", "train_sft", "test")
+    }
+    assert found == {"train_prefs": [{"n": "p"}], "train_sft": [{"n": "s"}], "test": [{"n": "t"}]}
+
+
+def test_what_lies_beside_the_data_is_no_data(tmp_path):
+    write(tmp_path, "a.jsonl")
+    for name in (".ipynb_checkpoints/b.jsonl", "sub/.c.jsonl", "dataset_info.json", "dataset_infos.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"prompt": "x"}')
+    assert values(open_source(str(tmp_path))) == ROWS
+
+
 def test_a_saved_dict_of_splits(tmp_path):
     splits = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "dict"))
@@ -87,6 +108,23 @@ def test_the_fingerprint_follows_the_contents(tmp_path):
     before = open_source(write(tmp_path, "a.jsonl")).fingerprint
     (tmp_path / "a.jsonl").write_bytes(LINES.replace(b"1", b"7"))
     assert open_source(str(tmp_path / "a.jsonl")).fingerprint != before
+
+
+def test_a_saved_folder_is_known_by_its_bytes(tmp_path):
+    """`datasets` itself takes two datasets for one that were made by the same steps from other files."""
+    prompts = datasets.Dataset.from_list([{"prompt": "q"}])
+
+    def saved(name, answer):
+        (tmp_path / "answer.txt").write_text(answer)
+        rows = prompts.map(
+            lambda row: {"completion": (tmp_path / "answer.txt").read_text()}, load_from_cache_file=False
+        )
+        rows.save_to_disk(str(tmp_path / name))
+        return rows._fingerprint, open_source(str(tmp_path / name)).fingerprint
+
+    (theirs, ours), (same, other) = saved("one", "a"), saved("two", "b")
+    assert theirs == same and ours != other
+    assert open_source(str(tmp_path / "one")).fingerprint == ours
 
 
 def test_hub_ids(monkeypatch):
