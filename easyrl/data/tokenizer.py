@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ Tokenizer = Any  # a transformers PreTrainedTokenizerBase, which cannot be named
 def load_tokenizer(ref: str, flag: str = "--tokenizer") -> Tokenizer:
     """Loads the tokenizer of a local folder or a hub id.
 
-    No code of the folder or repository is run. Truncation and padding that tokenizer.json may ask for are switched off.
-    Raises UserError, naming `flag`, when there is no tokenizer there or it cannot be read.
+    Where there is a tokenizer.json, ids are what it says. No code of the folder or repository is run. Truncation and
+    padding that tokenizer.json may ask for are switched off. Raises UserError, naming `flag`, when there is no
+    tokenizer there or it cannot be read.
     """
     # Without this it warns on every start that torch, which nothing here needs, is not installed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -40,6 +42,8 @@ def load_tokenizer(ref: str, flag: str = "--tokenizer") -> Tokenizer:
         # Said, not left out: without it transformers asks on the terminal, and a "y" on stdin runs the folder's code.
         where = str(path) if path.is_dir() else ref
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        if not _reads_as_its_file(tokenizer, where):
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(where)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         found = " ".join(str(error).split())[:200]
         raise UserError(f"{flag}={ref}: no tokenizer can be loaded ({type(error).__name__}: {found})") from None
@@ -50,6 +54,26 @@ def load_tokenizer(ref: str, flag: str = "--tokenizer") -> Tokenizer:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _reads_as_its_file(tokenizer: Tokenizer, where: str) -> bool:
+    """Whether text is cut up as tokenizer.json says, if there is one.
+
+    Some classes of transformers 5 (GPT2Tokenizer, Qwen2Tokenizer, LlamaTokenizer) take no more than the vocabulary from
+    it, and cut up text as the model does that they are named for: SmolLM's digits, say, as GPT-2's.
+    """
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    if not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast:
+        return True
+    file = cached_file(where, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return True
+    both = (tokenizer.backend_tokenizer, Backend.from_file(file))
+    ours, theirs = (pickle.dumps((backend.normalizer, backend.pre_tokenizer)) for backend in both)
+    return ours == theirs
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

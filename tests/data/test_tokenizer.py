@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer
 
 from easyrl.core.errors import UserError
 from easyrl.data.tokenizer import adds_bos, check_vocabulary, encode, fingerprint, load_tokenizer, pad_id
@@ -16,6 +17,38 @@ def test_a_saved_tokenizer_comes_back(tmp_path, tokenizer):
     loaded = load_tokenizer(str(tmp_path))
     assert encode(loaded, "the quick brown fox") == encode(tokenizer, "the quick brown fox")
     assert adds_bos(loaded)
+
+
+def write_class(folder, name, **settings):
+    """Gives the saved tokenizer in `folder` another class, as many models on the hub have one."""
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads((folder / "tokenizer.json").read_text()) | settings))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_ids_are_what_the_file_says_whatever_class_it_names(tmp_path, make_tokenizer, name):
+    """SmolLM, a Llama with GPT2Tokenizer and digits apart: the class alone would keep the digits together."""
+    make_tokenizer(chat_template="{{ messages }}", pad_token="<|eot_id|>").save_pretrained(tmp_path)
+    write_class(tmp_path, name, pre_tokenizer=DIGITS)
+    loaded, text = load_tokenizer(str(tmp_path)), "In  2024 it's 1234567</s>x"
+    file = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert encode(loaded, text) == file.encode(text, add_special_tokens=False).ids
+    assert (loaded.eos_token, loaded.pad_token, loaded.chat_template) == ("</s>", "<|eot_id|>", "{{ messages }}")
+    assert adds_bos(loaded)
+
+
+def test_a_class_that_reads_as_its_file_stays(tmp_path, make_tokenizer):
+    """GPT-2's own tokenizer_config.json names no special token: they are known by the class alone."""
+    make_tokenizer(["<|endoftext|>"], adds_bos=False, eos=None).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    write_class(tmp_path, "GPT2Tokenizer", pre_tokenizer=BYTES)
+    assert load_tokenizer(str(tmp_path)).eos_token == "<|endoftext|>"
 
 
 def test_special_tokens_are_recognised_and_none_is_added(tokenizer):
