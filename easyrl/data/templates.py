@@ -253,18 +253,19 @@ def load_template(name: str, tokenizer: Tokenizer, flag: str = "--template") -> 
     return Template(name, jinja, tokenizer, bos_id, tokenizer.eos_token_id, appends_end=True)
 
 
+def own_jinja(tokenizer: Tokenizer) -> str | None:
+    """The chat template that comes with a tokenizer; of several the one called `default`."""
+    own: Any = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
 def _jinja(name: str, tokenizer: Tokenizer, flag: str) -> str:
     if name in BODIES:
         return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + BODIES[name]
     if name == "tokenizer":
-        own: Any = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
-        if not own:
-            raise UserError(
-                f"{flag}=tokenizer: the tokenizer has no chat template, expected one of {', '.join(BODIES)}"
-            )
-        return own
+        if own := own_jinja(tokenizer):
+            return own
+        raise UserError(f"{flag}=tokenizer: the tokenizer has no chat template, expected one of {', '.join(BODIES)}")
     path = Path(name).expanduser()
     if not path.is_file():
         expected = f"one of {', '.join(BODIES)}, tokenizer, or a file with a Jinja template"

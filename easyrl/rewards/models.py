@@ -8,9 +8,10 @@ from collections.abc import Collection
 
 from jax.sharding import Mesh
 
+from easyrl.core.distributed import say
 from easyrl.core.errors import UserError
 from easyrl.data.messages import Message
-from easyrl.data.templates import Template, load_template
+from easyrl.data.templates import Template, load_template, own_jinja
 from easyrl.data.tokenizer import check_vocabulary, fingerprint, load_tokenizer
 from easyrl.hf.refs import FoundModel, find_model, load_weights
 from easyrl.rewards.shaping import ScoreConfig, parse_weights
@@ -39,10 +40,11 @@ def find_reward_models(
     """The reward models listed in `refs`, separated by commas.
 
     A model whose tokenizer is the policy's scores the sampled tokens as they are, unless `template_name` asks for
-    another chat template; one with a tokenizer of its own gets the conversation rendered with `template_name` (empty:
-    the tokenizer's own template) and encoded anew. `max_length` is the policy's: of a prompt with its response. Encoded
-    anew these may be longer: there is room for `TOKENS_FOR_ONE` times as many tokens beside those of the template, as
-    far as the model reads. Raises UserError naming --load_checkpoint_reward or the file at fault.
+    another chat template; that it has another one itself is said. One with a tokenizer of its own gets the conversation
+    rendered with `template_name` (empty: the tokenizer's own template) and encoded anew. `max_length` is the policy's:
+    of a prompt with its response. Encoded anew these may be longer: there is room for `TOKENS_FOR_ONE` times as many
+    tokens beside those of the template, as far as the model reads. Raises UserError naming --load_checkpoint_reward or
+    the file at fault.
     """
     models = []
     for number, ref in enumerate(ref.strip() for ref in refs.split(",") if refs.strip()):
@@ -57,6 +59,11 @@ def find_reward_models(
             length = min(TOKENS_FOR_ONE * max_length + written, found.cfg.max_positions)
         elif length < max_length:
             raise UserError(f"{FLAG}={ref}: reads up to {length} tokens, a prompt and its response take {max_length}")
+        elif found.directory and own_jinja(own) not in (None, policy_template.jinja):
+            say(
+                f"note: {FLAG}={ref} has a chat template of its own, and reads what the policy reads, with the "
+                f"template {policy_template.name!r}; --reward_template=tokenizer gives it its own"
+            )
         models.append(RewardModel(f"reward{number + 1 if number else ''}", found, template, same_tokens, length))
     return models
 

@@ -36,5 +36,20 @@ def test_room_ends_with_the_model(length):
     assert length(make_tokenizer("<end>", 9), "vicuna", max_positions=48) == 48
 
 
-def test_the_tokens_of_the_policy_are_read_as_they_are(length):
+def test_the_tokens_of_the_policy_are_read_as_they_are(length, capsys):
     assert length(make_tokenizer(), "") == ROOM
+    assert "note" not in capsys.readouterr().out
+
+
+def test_another_template_of_its_own_is_said_unless_it_is_asked_for(length, tmp_path, capsys):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = load_template("vicuna", tokenizer).jinja
+    length(tokenizer, "")
+    assert capsys.readouterr().out == (
+        f"note: --load_checkpoint_reward=hf::{tmp_path / 'reward'} has a chat template of its own, and reads what the "
+        "policy reads, with the template 'none'; --reward_template=tokenizer gives it its own\n"
+    )
+    length(tokenizer, "tokenizer")
+    tokenizer.chat_template = load_template("none", tokenizer).jinja
+    length(tokenizer, "")
+    assert "note" not in capsys.readouterr().out
