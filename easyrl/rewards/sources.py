@@ -12,10 +12,9 @@ import numpy as np
 from easyrl.core.ahead import Call
 from easyrl.core.distributed import from_first
 from easyrl.core.errors import UserError
-from easyrl.data.messages import BadRow, Message, Messages, as_dicts
+from easyrl.data.messages import Message, Messages, as_dicts
 from easyrl.data.sequences import cut_left
 from easyrl.data.templates import Template
-from easyrl.data.tokenizer import encode
 
 # Token ids of whole conversations, ragged -> one number each. On the device; built by steps/.
 ScoreTokens = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -76,7 +75,7 @@ def retokenized_source(name: str, template: Template, max_length: int, score_tok
         ):
             try:
                 sequences.append(encode_conversation(template, messages, response, ended=bool(ended)))
-            except BadRow as error:
+            except UserError as error:
                 raise UserError(f"reward model {name}: response {row} of the batch: {error}") from error
         cut = sum(len(sequence) > max_length for sequence in sequences) / len(sequences)
         scores = score_tokens([cut_left(sequence, max_length, template.bos_id) for sequence in sequences])
@@ -86,15 +85,16 @@ def retokenized_source(name: str, template: Template, max_length: int, score_tok
 
 
 def encode_conversation(template: Template, messages: Messages, response: str, *, ended: bool) -> np.ndarray:
-    """Token ids, int32 [length], of `messages` answered by `response`, with its end token only if it `ended`."""
-    text = template.render((*messages, Message("assistant", response)))
-    ids = encode(template.tokenizer, text)
-    if template.appends_end:
-        ids = [*ids, template.end_id] if ended else ids
+    """Token ids, int32 [length], of `messages` answered by `response`, with its end token only if it `ended`.
+
+    They are those that a reward model is trained on. It is trained on no empty answer: one has no token but its end.
+    """
+    if response.strip():
+        (answered,) = template.encode_answered(messages, (Message("assistant", response),))
+        ids = np.concatenate([answered.prompt, answered.completion])
     else:
-        end = len(ids) - 1 - ids[::-1].index(template.end_id)  # what the template writes behind it belongs to no answer
-        ids = ids[: end + 1] if ended else ids[:end]
-    return np.asarray(ids, np.int32)
+        ids = np.append(template.encode_prompt(messages), np.int32(template.end_id))
+    return ids if ended else ids[:-1]
 
 
 def function_source(spec: str) -> Source:

@@ -21,6 +21,15 @@ def tokenizer():
     )
 
 
+@pytest.fixture(scope="session")
+def merging_tokenizer():
+    """Characters, but two line breaks are one token."""
+    characters = ["</s>", *map(chr, range(32, 127)), "\n", "\n\n"]
+    vocabulary = {token: number for number, token in enumerate(characters)}
+    backend = Tokenizer(models.BPE(vocabulary, [("\n", "\n")]))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
 def make_batch(*responses, ended=None, **columns):
     prompts = [f"ask {row}" for row in range(len(responses))]
     return ResponseBatch(

@@ -71,13 +71,36 @@ def test_a_response_is_written_in_the_models_own_template(tokenizer, tmp_path, n
 
 
 def test_a_reencoded_answer_is_what_the_model_was_trained_on(tokenizer):
-    """Training and scoring must agree on every id, the end token included."""
+    """Training and scoring must agree on every id, the end token included; one in the text is text in both."""
     for name in ("tulu", "chatml", "none", "vicuna"):
         template = load_template(name, tokenizer)
-        question, answer = (Message("user", "hi"),), Message("assistant", "yo")
-        (trained,) = template.encode_answered(question, (answer,))
-        scored = encode_conversation(template, question, "yo", ended=True)
-        assert scored.tolist() == [*trained.prompt, *trained.completion]
+        end, question = tokenizer.convert_ids_to_tokens(template.end_id), (Message("user", "hi"),)
+        for text in ("yo", f"write {end} there", "\n\nyo "):
+            (trained,) = template.encode_answered(question, (Message("assistant", text),))
+            scored = encode_conversation(template, question, text, ended=True)
+            assert scored.tolist() == [*trained.prompt, *trained.completion]
+            assert scored.tolist().count(template.end_id) == 1 + (name == "chatml")
+            np.testing.assert_array_equal(encode_conversation(template, question, text, ended=False), scored[:-1])
+
+
+def test_the_prompt_keeps_its_ids_behind_which_an_answer_merges(merging_tokenizer):
+    """A line break ends the prompt, and two are one token, which no policy ever reads there."""
+    template = load_template("tulu", merging_tokenizer)
+    question = (Message("user", "hi"),)
+    prompt = template.encode_prompt(question).tolist()
+    assert encode_conversation(template, question, "\nyo", ended=True).tolist()[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("name", ["tulu", "chatml", "own"])
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_response_is_its_end_token_alone(tokenizer, tmp_path, name, text):
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages[0].content }}>{% if messages|length > 1 %}{{ messages[1].content|trim }}{% endif %}")
+    template = load_template(str(own) if name == "own" else name, tokenizer)
+    question = (Message("user", "hi"),)
+    prompt = template.encode_prompt(question).tolist()
+    assert encode_conversation(template, question, text, ended=True).tolist() == [*prompt, template.end_id]
+    assert encode_conversation(template, question, text, ended=False).tolist() == prompt
 
 
 @pytest.mark.parametrize(("bos", "kept"), [(None, "g answer"), ("a", "a answer")])
@@ -101,7 +124,8 @@ def test_a_reencoded_conversation_that_is_too_long_keeps_its_end(tokenizer, batc
 def test_a_template_that_refuses_names_model_and_response(tokenizer, batch_of, tmp_path):
     path = tmp_path / "picky.jinja"
     path.write_text(
-        "{% if messages[0].content == 'ask 1' %}{{ raise_exception('no') }}{% endif %}{{ messages|length }}"
+        "{% if messages[0].content == 'ask 1' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ messages|map(attribute='content')|join('>') }}"
     )
     template = load_template("none", tokenizer)
     picky = type(template)("picky", path.read_text(), tokenizer, None, 1, appends_end=True)
