@@ -220,7 +220,7 @@ def _pair(row: Row) -> Pair:
 def _side(row: Row, name: str) -> Messages:
     """`chosen` or `rejected` as a whole conversation: itself, or behind `prompt` where it is an answer alone."""
     value = row[name]
-    if isinstance(value, str) and "prompt" not in row and is_transcript(value):
+    if isinstance(value, str) and is_transcript(value):
         messages = read_transcript(value)
     else:
         messages = read_messages(value, name, string_role="assistant")

@@ -83,6 +83,11 @@ PAIRS = {
     "UltraFeedback": {"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A]},
     "HH-RLHF": {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
     "HH-RLHF with its prompt apart": {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "a", "rejected": "b"},
+    "HH-RLHF with its prompt repeated": {
+        "prompt": "\n\nHuman: q\n\nAssistant:",
+        "chosen": "\n\nHuman: q\n\nAssistant: a",
+        "rejected": "\n\nHuman: q\n\nAssistant: b",
+    },
 }
 
 
