@@ -34,7 +34,7 @@ from easyrl.data.loader import Loader
 from easyrl.data.messages import Message
 from easyrl.data.packing import group_shapes
 from easyrl.data.templates import BODIES, Template, load_template
-from easyrl.hf.export import export_model
+from easyrl.hf.export import export_model, generation_settings
 from easyrl.hf.model_card import ModelCard
 from easyrl.models.families import param_specs
 from easyrl.models.llama import LlamaConfig
@@ -113,9 +113,10 @@ def main(config: Config) -> None:
          "Likes stories that are cheerful, about what was asked for, and properly ended."),
     ):  # fmt: skip
         card = ModelCard(title=title, summary=f"{summary} Made by `python -m easyrl.assets.build`.")
+        generation = generation_settings(None, template.stop_ids, template.tokenizer) if head == "lm" else None
         export_model(
             output_dir / folder.name, cfg, params, head,
-            tokenizer=template.tokenizer, dtype=jnp.bfloat16, model_card=card,
+            tokenizer=template.tokenizer, generation_config=generation, dtype=jnp.bfloat16, model_card=card,
         )  # fmt: skip
 
 

@@ -47,10 +47,9 @@ def export_model(
     `head` decides the class: `lm` ForCausalLM, `reward` ForSequenceClassification with one label, `value`
     ForTokenClassification with one label. `params` has the structure of `param_specs(cfg, head)`, with its layers in
     one stack or in several (`models/branch.py`, `join`); `dtype` casts on the way out (default: as they are).
-    `tokenizer` is a transformers tokenizer; its special ids go into config.json. `generation_config` holds how the
-    policy was sampled (temperature, top_k, top_p, eos_token_id, ...); what it leaves out is written as no restriction
-    at all, because transformers would otherwise keep only the 50 likeliest tokens. `config_fields` are further fields
-    of config.json, which transformers keeps as attributes.
+    `tokenizer` is a transformers tokenizer; its special ids go into config.json. `generation_config` is written
+    as it is, as `generation_settings` makes it for a trained policy; None: there is none. `config_fields` are further
+    fields of config.json, which transformers keeps as attributes.
 
     Every process calls this, process 0 writes; the folder is complete when it returns. Raises UserError, before
     anything is written, when the folder already holds something that is not an earlier export.
@@ -131,8 +130,7 @@ def write_config(
 ) -> None:
     """config.json, generation_config.json and the tokenizer: all of an exported folder but weights and card."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
-    generation = {key: value for key, value in generation.items() if value is not None and value != []}
-    special |= {key: generation[key] for key in special if key in generation}
+    special |= {key: generation[key] for key in special if generation.get(key) not in (None, [])}
     special = {key: value for key, value in special.items() if value is not None}
     config = {
         "architectures": [class_name(cfg, head)],
@@ -147,8 +145,8 @@ def write_config(
     if head == "value":
         config["classifier_dropout"] = 0.0  # transformers' default drops a tenth of the features while training
     _write_json(directory / "config.json", config)
-    if head == "lm":
-        _write_json(directory / "generation_config.json", generation_json({**special, **generation}))
+    if head == "lm" and generation:
+        _write_json(directory / "generation_config.json", generation)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
@@ -160,26 +158,25 @@ def _write_card(directory: Path, cfg: ModelConfig, head: str, tokenizer, card: M
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def generation_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """generation_config.json for a policy sampled with `settings`; temperature 0 is greedy decoding."""
-    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
-    if settings["temperature"] > 0:
-        return {"do_sample": True, **settings}
-    sampling_only = ("temperature", "top_k", "top_p")
-    return {"do_sample": False, **{key: value for key, value in settings.items() if key not in sampling_only}}
-
-
 def generation_settings(sampling, stop_ids: tuple[int, ...], tokenizer) -> dict[str, Any]:
-    """What `export_model` takes as `generation_config`: a `SamplingConfig`, or None, and what ends a response."""
+    """generation_config.json of a trained policy: how it was sampled, a `SamplingConfig`, and what ends a response.
+
+    With None nothing is restricted, which is said: transformers would keep only the 50 likeliest tokens. Temperature 0
+    is greedy decoding.
+    """
+    settings = vars(sampling) if sampling else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    greedy = settings["temperature"] == 0
+    bos_id, pad_id = tokenizer.bos_token_id, tokenizer.pad_token_id
     return {
-        **(vars(sampling) if sampling else {}),
+        "do_sample": not greedy,
+        **{key: value for key, value in settings.items() if not (greedy and key in ("temperature", "top_k", "top_p"))},
         "eos_token_id": list(stop_ids),
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0],
+        **({} if bos_id is None else {"bos_token_id": bos_id}),
+        "pad_token_id": stop_ids[0] if pad_id is None else pad_id,
     }
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -11,13 +11,14 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from easyrl.core.errors import UserError
 from easyrl.core.sharding import make_mesh, put, sharding_for
-from easyrl.hf.export import export_model, generation_json
+from easyrl.hf.export import export_model, generation_settings
 from easyrl.hf.families import read_config, read_stop_ids
 from easyrl.hf.layout import named_leaves
 from easyrl.hf.load import load_params
 from easyrl.hf.model_card import ModelCard
 from easyrl.hf.safetensors_io import INDEX, WEIGHTS, TensorInfo, plan_shards
 from easyrl.models.families import param_specs
+from easyrl.sampling.decode import SamplingConfig
 
 HEADS = ("lm", "reward", "value")
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}\n{% endfor %}<|assistant|>\n"
@@ -120,18 +121,18 @@ class TestTexts:
         assert "pad_token_id" not in config
         assert read_stop_ids(folder) == (2, 4)
 
-    def test_generation_config_hides_nothing(self, make, tmp_path):
+    def test_generation_config_hides_nothing(self, make, tmp_path, tokenizer):
         """transformers keeps the 50 likeliest tokens unless told otherwise."""
         cfg, params = make()
-        settings = {"temperature": 0.7, "eos_token_id": [2, 4]}
+        settings = generation_settings(None, (2, 4), tokenizer)
         folder = export_model(tmp_path / "model", cfg, params, generation_config=settings)
         config = GenerationConfig.from_pretrained(folder)
-        assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.7, 0, 1.0)
+        assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 1.0, 0, 1.0)
         assert config.eos_token_id == [2, 4]
-        assert generation_json({"temperature": 0.0, "top_p": 0.5, "eos_token_id": 2}) == {
-            "do_sample": False,
-            "eos_token_id": 2,
-        }
+        assert generation_settings(SamplingConfig(9, temperature=0.0, top_p=0.5), (2,), tokenizer) == {
+            "do_sample": False, "max_new_tokens": 9, "min_new_tokens": 0, "repetition_penalty": 1.0,
+            "eos_token_id": [2], "bos_token_id": 1, "pad_token_id": 2,
+        }  # fmt: skip
 
     def test_model_card(self, make, tmp_path):
         cfg, params = make()
@@ -160,7 +161,7 @@ class TestFolder:
         folder = export_model(tmp_path / "model", cfg, params, max_shard_bytes=8000)
         export_model(folder, cfg, params)
         assert sorted(path.name for path in folder.iterdir()) == [
-            "README.md", "config.json", "generation_config.json", WEIGHTS,
+            "README.md", "config.json", WEIGHTS,
         ]  # fmt: skip
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
