@@ -87,6 +87,18 @@ def test_the_format_is_kept_or_named(model, tmp_path):
     assert load_tokenizer(str(tmp_path / "back")).chat_template.keys() == {"default", "tool_use"}
 
 
+@pytest.mark.parametrize(
+    ("family", "buffer"),
+    [("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("gpt2", "transformer.h.0.attn.bias")],
+)
+def test_a_buffer_decides_no_format(model, tmp_path, family, buffer):
+    source = model(family, dtype="bfloat16")
+    weights = load_file(source / WEIGHTS)
+    save_file(weights | {buffer: np.ones(4, np.float32)}, source / WEIGHTS, metadata={"format": "pt"})
+    run(f"hf::{source}", tmp_path / "out")
+    assert {x.dtype.name for x in load_file(tmp_path / "out" / WEIGHTS).values()} == {"bfloat16"}
+
+
 def test_a_reward_model_becomes_a_value_model(model, tmp_path):
     source = model("gpt2", "reward")
     run(f"hf::{source}", tmp_path / "value", head="value")

@@ -8,6 +8,7 @@ it the folder of FILE has one.
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from easyrl.core.text import is_hub_id
 from easyrl.data.templates import Template
 from easyrl.data.tokenizer import parse_ids
 from easyrl.hf import easylm as easylm_files
-from easyrl.hf.families import config_from_hf, read_config, read_pad_id, read_stop_ids
+from easyrl.hf.families import config_from_hf, family_of, read_config, read_pad_id, read_stop_ids
 from easyrl.hf.fields import read_json
 from easyrl.hf.load import Tensors, load_params
 from easyrl.hf.presets import PRESETS
@@ -202,7 +203,8 @@ def stored_as(found: FoundModel) -> tuple[str, str]:
         if found.easylm is None and found.directory is not None:
             named = str(read_json(found.directory / "config.json").get("architectures"))
             head = "value" if head == "reward" and "ForTokenClassification" in named else head
-    stored = {checkpoint.dtype(name) for name in checkpoint}
+    buffers = family_of(found.cfg).IGNORED  # old folders have some in float32 beside weights in half of that
+    stored = {checkpoint.dtype(name) for name in checkpoint if not re.fullmatch(buffers, name)}
     widest = next((dtype for dtype in ("float64", "float32", "bfloat16", "float16") if dtype in stored), "float32")
     return head, "float32" if widest == "float64" or {"bfloat16", "float16"} <= stored else widest
 
