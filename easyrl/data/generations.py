@@ -10,6 +10,7 @@ from easyrl.data.prompts import PromptRow
 from easyrl.data.readers import open_source
 
 ANSWERS = ("response", "completion", "output")
+ANSWERED = ("response", "ended", "sample", "score", "candidates")  # columns that generate writes
 # Columns by which trainers know an example: a row made from an answer has its own and cannot keep another's.
 TRAINED_ON = ("messages", "conversations", "prompt", "chosen", "rejected", "margin", "label", "text", *ANSWERS)
 
@@ -100,17 +101,17 @@ class Candidate(NamedTuple):
 
 
 def generation_rows(prompt: PromptRow, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """One row for each answer: all columns of the prompt's row, with `response`, `ended` and, if known, `score`.
+    """One row for each answer: the columns of the prompt's row, with `response`, `ended` and, if known, `score`.
 
     Of several answers, `sample` says which one it is, from 0.
     """
     numbers = [{"sample": number} for number in range(len(candidates))] if len(candidates) > 1 else [{}]
-    return [prompt.row | number | one.columns() for number, one in zip(numbers, candidates, strict=True)]
+    return [_asked(prompt) | number | one.columns() for number, one in zip(numbers, candidates, strict=True)]
 
 
 def best_row(prompt: PromptRow, candidates: Sequence[Candidate], chosen: int) -> dict[str, Any]:
     """The row of the answer `chosen` among several, which are all kept in `candidates`."""
-    return prompt.row | candidates[chosen].columns() | {"candidates": [one.columns() for one in candidates]}
+    return _asked(prompt) | candidates[chosen].columns() | {"candidates": [one.columns() for one in candidates]}
 
 
 def demonstration_row(prompt: PromptRow, answer: Candidate) -> dict[str, Any]:
@@ -133,5 +134,10 @@ def preference_row(prompt: PromptRow, chosen: Candidate, rejected: Candidate) ->
     return {**sides, "margin": chosen.score - rejected.score, **_others(prompt), **scores}
 
 
+def _asked(prompt: PromptRow) -> dict[str, Any]:
+    """The prompt's row without what it says of an earlier answer."""
+    return {name: value for name, value in prompt.row.items() if name not in ANSWERED}
+
+
 def _others(prompt: PromptRow) -> dict[str, Any]:
-    return {name: value for name, value in prompt.columns.items() if name not in TRAINED_ON}
+    return {name: value for name, value in prompt.columns.items() if name not in (*TRAINED_ON, *ANSWERED)}

@@ -2,11 +2,21 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from easyrl.core.errors import UserError
-from easyrl.data.generations import Generation, read_generations, side_by_side
+from easyrl.data.generations import (
+    Candidate,
+    Generation,
+    best_row,
+    generation_rows,
+    preference_row,
+    read_generations,
+    side_by_side,
+)
 from easyrl.data.messages import Message
+from easyrl.data.prompts import PromptRow
 
 QUESTION = (Message("user", "Why?"),)
 FLAGS = ("--generations=A", "--baseline=B")
@@ -60,6 +70,17 @@ def test_a_file_without_rows(tmp_path):
     (tmp_path / "g.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match=r"g.jsonl: found no row"):
         read_generations(str(tmp_path / "g.jsonl"), "--baseline")
+
+
+def test_what_a_row_says_of_an_earlier_answer_does_not_stand_beside_a_new_one():
+    earlier = {"prompt": "Why?", "response": "old", "ended": False, "score": 9.0, "sample": 3, "candidates": [{}]}
+    prompt = PromptRow(earlier | {"id": 7}, QUESTION, np.zeros(1, np.int32), earlier | {"id": 7})
+    new, worse = Candidate("So.", True), Candidate("No.", True)
+    answer = {"prompt": "Why?", "id": 7, "response": "So.", "ended": True}
+    assert generation_rows(prompt, [new]) == [answer]
+    assert best_row(prompt, [new, worse], 0) == answer | {"candidates": [new.columns(), worse.columns()]}
+    pair = preference_row(prompt, new._replace(score=2.0), worse._replace(score=1.0))
+    assert pair.keys() == {"chosen", "rejected", "margin", "id", "chosen_score", "rejected_score"}
 
 
 def rows(*ids, prompts="xyz"):
