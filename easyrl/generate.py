@@ -168,7 +168,7 @@ def main(config: Config) -> None:
     found = None
     if config.scored:
         found = find_sources(config, template, dtype=dtype, max_length=longest + sampling.max_new_tokens)
-        found.check({name for prompt in prompts for name in prompt.columns})
+        found.check(lambda: dict.fromkeys(name for prompt in prompts for name in prompt.columns))
 
     # ------------------------------------------------------------ weights, device programs, what is done already
     params = load_weights(model, mesh, head="lm", dtype=dtype, seed=config.seed)

@@ -128,7 +128,8 @@ def main(config: Config) -> None:
     if config.online:
         loader, held_out = load_prompts(config, template)
         sources = find_sources(config, template, dtype=DTYPES[config.dtype], max_length=config.longest[1])
-        sources.check(loader.batch(0).columns)
+        for data in (loader, held_out) if held_out else (loader,):
+            sources.check(data.columns)
         shapes = pair_shapes(config, mesh)
     else:
         loader, held_out = load_data(config, "labelled" if unpaired else "pair", template, mesh)

@@ -219,7 +219,8 @@ def main(config: Config) -> None:
     if config.eval_dataset.path:
         like_train = config.eval_dataset.like(config.train_dataset)
         held_out = PromptDataset(like_train, template, config.seed, name="eval_dataset", keep_last=True)
-    found_sources.check(prompts.batch(0).columns)
+        found_sources.check(held_out.columns)
+    found_sources.check(prompts.columns)
 
     run_dir = make_run_dir(config.output_dir, "train_ppo", config.checkpoint_dir)
     for folder in (run_dir.hf, run_dir.path / "hf_value"):

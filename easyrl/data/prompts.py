@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,10 @@ class PromptDataset:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def columns(self) -> Collection[str]:
+        """The names of the other columns, those that any of the rows has."""
+        return dict.fromkeys(name for sample in range(len(self)) for name in self.dataset.columns(sample)["columns"])
 
     def batch(self, step: int) -> PromptBatch:
         """The prompts of `step`, counted over all epochs: step i of epoch e is e * steps_per_epoch + i."""

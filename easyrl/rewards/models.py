@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from jax.sharding import Mesh
 
@@ -101,10 +101,10 @@ class FoundSources:
     functions: list[Source]
     weights: tuple[float, ...]
 
-    def check(self, columns: Collection[str]) -> None:
-        """Raises UserError when data with these other columns lack one that a function needs."""
+    def check(self, columns: Callable[[], Collection[str]]) -> None:
+        """Raises UserError when data lack a column that a function needs; `columns()` are their other ones."""
         for function in self.functions:
-            function.check(columns)
+            function.check(columns())
 
     def load(self, mesh: Mesh, *, dtype: str, batch_size: int, rows: int = 0) -> list[Source]:
         """The sources, models first, in the order of `weights`. See `load_reward_model`."""

@@ -123,8 +123,8 @@ def function_source(spec: str) -> Source:
                 )
 
     def score(batch: ResponseBatch) -> tuple[np.ndarray, dict[str, float]]:
-        check(batch.columns)
-        columns: dict[str, Any] = {key: list(values) for key, values in batch.columns.items()}
+        columns: dict[str, Any] = {column: [None] * len(batch) for column in needed}
+        columns |= {key: list(values) for key, values in batch.columns.items()}
         columns["messages"] = [as_dicts(messages) for messages in batch.messages]
         if not takes_all:
             columns = {parameter.name: columns[parameter.name] for parameter in named if parameter.name in columns}

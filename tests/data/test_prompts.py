@@ -31,6 +31,7 @@ def test_a_batch_holds_what_the_rows_say(write_rows, template):
     assert batch.texts[2] == "<s><|user|>\nquestion 2\n<|assistant|>\n"
     assert batch.messages[2] == (("user", "question 2"),)
     assert batch.columns == {"number": [0, 1, 2, 3], "hint": [None, "odd", None, "odd"]}
+    assert list(prompts.take(np.array([2])).columns) == ["number"] and list(prompts.columns()) == ["number", "hint"]
     for tokens, length, text in zip(batch.tokens, batch.lengths, batch.texts, strict=True):
         assert tokens[:length].tolist() == encode(template.tokenizer, text)
         assert (tokens[length:] == template.tokenizer.eos_token_id).all()

@@ -153,7 +153,15 @@ def test_a_function_without_columns_gets_those_it_names(module, batch_of):
     assert function_source(f"{name}:none").score(batch)[0].tolist() == [1, 1]
     assert function_source(f"{name}:some").score(batch)[0].tolist() == [4, 5]
     with pytest.raises(UserError, match="needs the column 'label', the data have answer, other, messages"):
-        function_source(f"{name}:needs").score(batch)
+        function_source(f"{name}:needs").check(batch.columns)
+
+
+def test_a_column_that_no_row_of_a_batch_has_is_none(module, batch_of):
+    """Other rows of the data have it: a batch does not say what they lack."""
+    name = module("def f(prompts, responses, label):\n    return [3 if one is None else one for one in label]\n")
+    source = function_source(f"{name}:f")
+    source.check(["label"])
+    assert source.score(batch_of("a", "b", other=[0, 0]))[0].tolist() == [3, 3]
 
 
 def test_a_function_cannot_change_the_batch(module, batch_of):
