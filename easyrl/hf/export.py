@@ -149,6 +149,17 @@ def write_config(
         _write_json(directory / "generation_config.json", generation)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+        _spell_for_4(directory / "tokenizer_config.json")
+
+
+def _spell_for_4(path: Path) -> None:
+    """Writes a tokenizer_config.json of transformers 5 in the names of transformers 4, which 5 knows too."""
+    settings = read_json(path)
+    if settings["tokenizer_class"] == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    _write_json(path, settings)
 
 
 def _write_card(directory: Path, cfg: ModelConfig, head: str, tokenizer, card: ModelCard | None) -> None:

@@ -121,6 +121,16 @@ class TestTexts:
         assert "pad_token_id" not in config
         assert read_stop_ids(folder) == (2, 4)
 
+    def test_tokenizer_settings_have_names_that_transformers_4_knows(self, make, tmp_path, tokenizer):
+        """There is no TokenizersBackend in it, and its extra_special_tokens are no list."""
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})
+        folder = export_model(tmp_path / "model", *make(), tokenizer=tokenizer)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert settings["additional_special_tokens"] == ["<x>"] and "extra_special_tokens" not in settings
+        again = AutoTokenizer.from_pretrained(folder)
+        assert again.all_special_tokens == tokenizer.all_special_tokens and "<x>" in again.all_special_tokens
+
     def test_generation_config_hides_nothing(self, make, tmp_path, tokenizer):
         """transformers keeps the 50 likeliest tokens unless told otherwise."""
         cfg, params = make()
