@@ -5,16 +5,17 @@ comes out depends on the `kind` a trainer asks for:
 
     sft       Demonstration  `messages` | `prompt` + `completion` | `instruction` + `output` | `text` | `chosen` of a
                              pair
-    pair      Pair           `chosen` + `rejected`, with `prompt` where they hold the answers alone; optional `margin`
+    pair      Pair           `chosen` + `rejected`, with a column for the prompt where they hold the answers alone;
+                             optional `margin`
     labelled  Labelled       `label` with `messages` | `prompt` + `completion` | `text`; a pair gives one of each label
-    prompt    Prompt         `messages` | `turns` | `instruction` | `prompt` | the common start of a pair
+    prompt    Prompt         `messages` | `turns` | `instruction` | `prompt` | `question` | the common start of a pair
 
-`conversations` (ShareGPT) is another name for `messages`, `input` (Alpaca) continues `instruction`, and `system` goes
-before messages that have no system message. Columns that say different things about the same text are refused.
+`conversations` (ShareGPT) is another name for `messages`, and `question`, where nothing else asks, for `prompt`.
+`input` (Alpaca) continues `instruction`, and `system` goes before messages that have no system message. Columns that
+say different things about the same text are refused.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +37,11 @@ EXPECTED = {
     "sft": "`messages`, `prompt` + `completion`, `instruction` + `output`, `text`, or `chosen` + `rejected`",
     "pair": "`chosen` + `rejected`",
     "labelled": "`label` with `messages`, `prompt` + `completion` or `text`, or else `chosen` + `rejected`",
-    "prompt": "`messages`, `turns`, `instruction`, `prompt`, or `chosen` + `rejected`",
+    "prompt": "`messages`, `turns`, `instruction`, `prompt`, `question`, or `chosen` + `rejected`",
 }
 CONTRADICTION = "contradicting columns"
+ASKING = ("prompt", "messages", "conversations", "instruction", "question")  # where a pair of answers has its prompt
+LARGEST = (2 - 2**-23) * 2.0**127  # float32, which margins are kept as
 
 Row = dict[str, Any]
 
@@ -97,7 +100,7 @@ def parse_row(row: Any, kind: str) -> list[Example]:
     row = {name: value for name, value in row.items() if value is not None}
     paired = "chosen" in row or "rejected" in row
     if kind == "pair" or (paired and kind != "labelled"):
-        pair = _pair(row)
+        pair = _pair(row, kind)
         if kind == "sft":
             return [Demonstration(pair.prompt, pair.chosen, pair.columns)]
         return [Prompt(pair.prompt, pair.columns) if kind == "prompt" else pair]
@@ -122,7 +125,7 @@ def _labelled(row: Row) -> Labelled:
 def _labelled_from_pair(row: Row) -> list[Example]:
     if "label" in row:
         raise BadRow("found `label` beside `chosen` and `rejected`, expected one or the other", CONTRADICTION)
-    pair = _pair(row)
+    pair = _pair(row, "labelled")
     return [
         Labelled(pair.prompt, pair.chosen, True, pair.columns),
         Labelled(pair.prompt, pair.rejected, False, pair.columns),
@@ -131,79 +134,111 @@ def _labelled_from_pair(row: Row) -> list[Example]:
 
 def _prompt(row: Row) -> Prompt:
     found = [name for name in ("messages", "conversations", "turns", "instruction", "prompt") if name in row]
+    found = found or [name for name in ("question",) if name in row]
     if not found:
         raise _no_columns(row, "prompt")
-    if found[0] in ("messages", "conversations") and found[-1] == "prompt":
-        _agree(row, read_messages(row[found[0]], found[0]), found[0])
-        found.pop()
-    questions = [_question(row, name) for name in found]
-    for name, question in zip(found, questions, strict=True):
+    conversation = next((name for name in ("messages", "conversations") if name in row), None)
+    if conversation and "prompt" in row:
+        _agree(row, read_messages(row[conversation], conversation), conversation)
+        found.remove("prompt")
+    questions = {name: _question(row, name) for name in found}
+    for name, question in questions.items():
         check_turns(question, name, last="user")
-        if question != questions[0]:
+        if question != questions[found[0]]:
             raise _contradict(found[0], name)
-    used = {"messages", "conversations", "instruction", "prompt", "system"}
-    if "instruction" in row:
-        used.add("input")
-    return Prompt(questions[0], _without(row, used))
+    used = {"prompt"}.union(*(_columns_of(name) for name in found)) - {"turns"}
+    return Prompt(questions[found[0]], _without(row, used))
 
 
 def _question(row: Row, name: str) -> Messages:
-    """What a column asks: up to the last user message, since an answer at the end is what the policy is to write.
-
-    Of `turns`, questions to be asked one after the other, only the first can be asked before there is an answer.
-    """
-    if name == "turns":
-        turns = row[name]
-        if not isinstance(turns, list | tuple) or not turns:
-            raise wrong(name, turns, "a list of user messages")
-        return _with_system(row, (Message("user", _string(turns[0], "turns[0]")),))
-    if name == "instruction":
-        return _with_system(row, (Message("user", _instruction(row)),))
-    messages = _with_system(row, read_messages(row[name], name, string_role="user" if name == "prompt" else None))
+    """What a column asks: up to the last user message, since an answer at the end is what the policy is to write."""
+    messages = _opening(row, name)
     return messages[:-1] if messages[-1].role == "assistant" else messages
 
 
-def _answered(row: Row, kind: str) -> tuple[Messages, Messages, set[str]]:
-    """(prompt, completion, columns used) of a row with one answered conversation or one text."""
-    found = [name for name in ("messages", "conversations", "completion", "text", "output") if name in row]
-    if "instruction" not in row and "output" in found:
-        found.remove("output")
+def _opening(row: Row, name: str) -> Messages:
+    """What a column says, behind the row's system message.
+
+    Of `turns`, questions to be asked one after the other, only the first can be asked before there is an answer.
+    """
+    if name == "instruction":
+        messages: Messages = (Message("user", _instruction(row)),)
+    elif name == "turns":
+        turns = row[name]
+        if not isinstance(turns, list | tuple) or not turns:
+            raise wrong(name, turns, "a list of user messages")
+        messages = (Message("user", _string(turns[0], "turns[0]")),)
+    else:
+        messages = read_messages(row[name], name, string_role="user" if name in ("prompt", "question") else None)
+    return _with_system(row, messages)
+
+
+def _columns_of(name: str) -> set[str]:
+    """The columns that `_opening` reads for `name`."""
+    return {name, "system"} | ({"input"} if name == "instruction" else set())
+
+
+Parts = tuple[Messages, Messages, set[str]]  # prompt, completion, columns used
+
+
+def _answered(row: Row, kind: str) -> Parts:
+    """What a row with one answered conversation or one text says."""
+    alpaca = "instruction" in row and "output" in row  # whose `text` is both in a template
+    found = [name for name in LAYOUTS if name in row and name != ("text" if alpaca else "output")]
     if not found:
         raise _no_columns(row, kind)
     if len(found) > 1:
         raise BadRow(f"found both `{found[0]}` and `{found[1]}`, expected one of them", CONTRADICTION)
-    name = found[0]
-    if name == "text":
-        return (), (Message("assistant", _string(row["text"], "text")),), {"text"}
-    if name in ("messages", "conversations"):
-        messages = _with_system(row, read_messages(row[name], name))
-        check_turns(messages, name, last="assistant")
-        _agree(row, messages, name)
-        # A label judges the last answer; a demonstration shows all of them.
-        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        start = answers[-1] if kind == "labelled" else answers[0]
-        return messages[:start], messages[start:], {name, "prompt", "system"}
-    if name == "output":
-        prompt: Messages = (Message("user", _instruction(row)),)
-    elif "prompt" in row:
-        prompt = read_messages(row["prompt"], "prompt", string_role="user")
-    else:
-        raise BadRow(f"column `prompt` is missing beside `completion`, found {names(row)}", "columns")
-    prompt = _with_system(row, prompt)
-    check_turns(prompt, "instruction" if name == "output" else "prompt", last="user")
+    return LAYOUTS[found[0]](row, found[0], kind)
+
+
+def _text(row: Row, name: str, kind: str) -> Parts:
+    return (), (Message("assistant", _string(row[name], name)),), {name}
+
+
+def _conversation(row: Row, name: str, kind: str) -> Parts:
+    messages = _opening(row, name)
+    check_turns(messages, name, last="assistant")
+    _agree(row, messages, name)
+    # A label judges the last answer; a demonstration shows all of them.
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    start = answers[-1] if kind == "labelled" else answers[0]
+    return messages[:start], messages[start:], {*_columns_of(name), "prompt"}
+
+
+def _completion(row: Row, name: str, kind: str) -> Parts:
+    asking = "instruction" if name == "output" else "prompt"
+    if asking not in row:
+        raise BadRow(f"column `{asking}` is missing beside `{name}`, found {names(row)}", "columns")
+    prompt = _opening(row, asking)
+    check_turns(prompt, asking, last="user")
     completion = read_messages(row[name], name, string_role="assistant")
     check_turns((*prompt, *completion), name, last="assistant")
-    return prompt, completion, {name, "prompt", "system"} | ({"instruction", "input"} if name == "output" else set())
+    return prompt, completion, {*_columns_of(asking), name}
 
 
-def _pair(row: Row) -> Pair:
+LAYOUTS: dict[str, Callable[[Row, str, str], Parts]] = {
+    "messages": _conversation,
+    "conversations": _conversation,
+    "completion": _completion,
+    "output": _completion,
+    "text": _text,
+}
+
+
+def _pair(row: Row, kind: str) -> Pair:
+    """The pair of a row that is read as `kind`: nothing is asked of a side that this kind does not learn from."""
     for name in ("chosen", "rejected"):
         if name not in row:
             found = f"column `{name}` is missing, found {names(row)}, expected {EXPECTED['pair']}"
             raise BadRow(found, "columns")
-    chosen, rejected = (_side(row, name) for name in ("chosen", "rejected"))
-    if chosen == rejected:
-        raise BadRow("`chosen` and `rejected` are the same, expected two different answers", CONTRADICTION)
+    (chosen, used), (rejected, more) = (_side(row, name) for name in ("chosen", "rejected"))
+    if kind != "prompt":
+        check_turns(chosen, "chosen", last="assistant")
+    if kind in ("pair", "labelled"):
+        check_turns(rejected, "rejected", last="assistant")
+        if chosen == rejected:
+            raise BadRow("`chosen` and `rejected` are the same, expected two different answers", CONTRADICTION)
     both = list(zip(chosen, rejected, strict=False))
     same = next((index for index, (a, b) in enumerate(both) if a != b), len(both))
     # The prompt ends at the last place where both sides still agree and both go on with an answer.
@@ -211,31 +246,32 @@ def _pair(row: Row) -> Pair:
     if not starts:
         raise BadRow("`chosen` and `rejected` ask different things, expected two answers to one prompt", CONTRADICTION)
     start = starts[-1]
-    if "messages" in row and read_messages(row["messages"], "messages") not in (chosen, chosen[:start]):
+    check_turns(chosen[:start], "chosen", last="user")
+    if "messages" in row and _opening(row, "messages") not in (chosen, chosen[:start]):
         raise _contradict("messages", "chosen")
-    used = {"chosen", "rejected", "prompt", "messages", "margin", "system"}
-    return Pair(chosen[:start], chosen[start:], rejected[start:], _margin(row), _without(row, used))
+    margin = _margin(row) if kind == "pair" else 0.0
+    used |= more | {"chosen", "rejected", "prompt", "messages", "margin", "system"}
+    return Pair(chosen[:start], chosen[start:], rejected[start:], margin, _without(row, used))
 
 
-def _side(row: Row, name: str) -> Messages:
-    """`chosen` or `rejected` as a whole conversation: itself, or behind `prompt` where it is an answer alone."""
+def _side(row: Row, name: str) -> tuple[Messages, set[str]]:
+    """`chosen` or `rejected` as a whole conversation, and the columns of its prompt where it is an answer alone."""
     value = row[name]
     if isinstance(value, str) and is_transcript(value):
         messages = read_transcript(value)
     else:
         messages = read_messages(value, name, string_role="assistant")
-    if messages[0].role == "assistant":
-        if "prompt" not in row:
-            found = f"column `prompt` is missing, and `{name}` starts with an answer; found {names(row)}"
-            raise BadRow(found, "columns")
-        prompt = _with_system(row, read_messages(row["prompt"], "prompt", string_role="user"))
-        check_turns(prompt, "prompt", last="user")
-        messages = (*prompt, *messages)
-    else:
+    if messages[0].role != "assistant":
         messages = _with_system(row, messages)
         _agree(row, messages, name)
-    check_turns(messages, name, last="assistant")
-    return messages
+        return messages, set()
+    asking = next((one for one in ASKING if one in row), None)
+    if asking is None:
+        found = f"column `prompt` is missing, and `{name}` starts with an answer; found {names(row)}"
+        raise BadRow(found, "columns")
+    prompt = _opening(row, asking)
+    check_turns(prompt, asking, last="user")
+    return (*prompt, *messages), _columns_of(asking)
 
 
 def _agree(row: Row, messages: Messages, name: str) -> None:
@@ -271,8 +307,8 @@ def _instruction(row: Row) -> str:
 
 def _margin(row: Row) -> float:
     value = row.get("margin", 0.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise wrong("margin", value, "a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        raise wrong("margin", value, "a finite number, as a float32")
     if value < 0:
         raise wrong("margin", value, "0 or more, since `chosen` is the better answer")
     return float(value)

@@ -44,11 +44,13 @@ def as_dicts(messages: Messages) -> list[dict[str, str]]:
 def read_messages(value: Any, column: str, string_role: str | None = None) -> Messages:
     """A column's messages. With `string_role`, a plain string is one message of that role.
 
-    An item is {role, content} or ShareGPT's {from: human|gpt, value}. An empty system message is left out: it says
-    nothing, and many converters write one on every row. Raises BadRow.
+    An item is {role, content} or ShareGPT's {from: human|gpt, value}; one by itself is a list of one. An empty system
+    message is left out: it says nothing, and many converters write one on every row. Raises BadRow.
     """
     if isinstance(value, str) and string_role is not None:
         return read_prompt_text(value) if string_role == "user" else (Message(string_role, value),)
+    if isinstance(value, Mapping):
+        value = [value]
     if not isinstance(value, list | tuple):
         raise wrong(column, value, "a list of messages" if string_role is None else "a string or a list of messages")
     messages = [_message(item, f"{column}[{index}]") for index, item in enumerate(value)]
@@ -62,7 +64,10 @@ def read_messages(value: Any, column: str, string_role: str | None = None) -> Me
 def _message(item: Any, place: str) -> Message:
     if not isinstance(item, Mapping):
         raise wrong(place, item, "an object with `role` and `content`")
-    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    role, content = (
+        next((item[key] for key in spellings if item.get(key) is not None), None)
+        for spellings in (("role", "from"), ("content", "value"))
+    )
     for name, found in (("role", role), ("content", content)):
         if found is None:
             raise BadRow(f"column `{place}`: `{name}` is missing, found {names(item)}", "columns")

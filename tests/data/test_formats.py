@@ -31,8 +31,17 @@ DEMONSTRATIONS = {
     "prompt and completion as messages": {"prompt": [Q], "completion": [A]},
     "prompt as messages, completion as a string": {"prompt": [Q], "completion": "a"},
     "Alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "Alpaca with the text of both": {"instruction": "q", "input": "", "output": "a", "text": "Below is q\na"},
     "ShareGPT": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "spellings that `datasets` has made one": {
+        "messages": [
+            {"role": None, "content": None, "from": "human", "value": "q"},
+            {"role": "assistant", "content": "a", "from": None, "value": None},
+        ]
+    },
     "the chosen side of a pair": {"chosen": [Q, A], "rejected": [Q, B]},
+    "the chosen side beside an empty one": {"prompt": "q", "chosen": "a", "rejected": "", "margin": -1},
+    "the chosen side beside the same": {"chosen": [Q, A], "rejected": [Q, A]},
     "a null column is absent": {"messages": [Q, A], "text": None, "prompt": None},
     "an empty system message says nothing": {"messages": [system(""), Q, A], "system": " "},
     "a prompt that repeats the first question": {"prompt": "q", "messages": [Q, A]},
@@ -41,7 +50,8 @@ DEMONSTRATIONS = {
 
 @pytest.mark.parametrize("row", DEMONSTRATIONS.values(), ids=DEMONSTRATIONS)
 def test_demonstrations(row):
-    assert parse_row(row, "sft") == [Demonstration(ASKED, ANSWER)]
+    (example,) = parse_row(row, "sft")
+    assert (example.prompt, example.completion) == (ASKED, ANSWER) and set(example.columns) <= {"text"}
 
 
 def test_all_answers_of_a_conversation_are_demonstrated():
@@ -81,6 +91,14 @@ PAIRS = {
     "answers as messages": {"prompt": [Q], "chosen": [A], "rejected": [B]},
     "answers as messages to a string": {"prompt": "q", "chosen": [A], "rejected": [B]},
     "UltraFeedback": {"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A]},
+    "answers to messages": {"messages": [Q], "chosen": [A], "rejected": [B]},
+    "answers to Alpaca's instruction": {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+    "answers to ShareGPT's conversation": {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    },
+    "answers to a question": {"question": "q", "chosen": "a", "rejected": "b"},
     "HH-RLHF": {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
     "HH-RLHF with its prompt apart": {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "a", "rejected": "b"},
     "HH-RLHF with its prompt repeated": {
@@ -97,6 +115,20 @@ def test_pairs(row):
     assert parse_row(row | {"margin": 2, "source": "x"}, "pair") == [Pair(ASKED, ANSWER, OTHER, 2.0, {"source": "x"})]
     assert parse_row(row, "prompt") == [Prompt(ASKED)]
     assert parse_row(row, "labelled") == [Labelled(ASKED, ANSWER, True), Labelled(ASKED, OTHER, False)]
+
+
+def test_the_system_column_goes_before_both_sides_and_the_messages_beside_them():
+    asked = (Message("system", "s"), *ASKED)
+    for beside in ({}, {"messages": [Q, A]}, {"messages": [Q]}, {"messages": [system("s"), Q]}):
+        assert parse_row({"system": "s", "chosen": [Q, A], "rejected": [Q, B], **beside}, "pair") == [
+            Pair(asked, ANSWER, OTHER)
+        ]
+
+
+@pytest.mark.parametrize("answers", [("a", "a"), ("", "b"), ("a", "")])
+def test_a_pairs_prompt_needs_no_answers(answers):
+    row = {"prompt": "q", "chosen": answers[0], "rejected": answers[1], "margin": -1}
+    assert parse_row(row, "prompt") == [Prompt(ASKED)]
 
 
 def test_a_pair_parts_where_its_answers_first_differ():
@@ -130,6 +162,8 @@ PROMPTS = {
     "instruction": {"instruction": "q"},
     "prompt as a string": {"prompt": "q"},
     "prompt as messages": {"prompt": [Q]},
+    "prompt as one message": {"prompt": Q},
+    "question": {"question": "q"},
     "messages that end with the user": {"messages": [Q]},
     "messages whose last answer is dropped": {"messages": [Q, A]},
     "columns that agree": {"messages": [Q], "prompt": "q", "instruction": "q"},
@@ -144,6 +178,10 @@ def test_prompts(row):
 def test_of_several_turns_the_first_is_asked_and_all_are_kept():
     row = {"turns": ["q", "q2"], "id": 3}
     assert parse_row(row, "prompt") == [Prompt(ASKED, row)]
+
+
+def test_a_question_beside_a_prompt_is_another_column():
+    assert parse_row({"prompt": "q", "question": "x"}, "prompt") == [Prompt(ASKED, {"question": "x"})]
 
 
 def test_a_prompts_completion_is_a_column_for_reward_functions():

@@ -54,7 +54,7 @@ BAD_ROWS = {
         "found `question`, `answer`, expected `messages`, `prompt` + `completion`, `instruction` + `output`, `text`, "
         "or `chosen` + `rejected`",
     ),
-    "no column at all": ("prompt", {}, "found no column, expected `messages`, `turns`, `instruction`, `prompt`, or"),
+    "no column at all": ("prompt", {}, "found no column, expected `messages`, `turns`, `instruction`, `prompt`, `que"),
     "only nulls": ("prompt", {"prompt": None}, "found no column, expected `messages`, `turns`"),
     "no rejected": ("pair", {"chosen": [Q, A]}, "column `rejected` is missing, found `chosen`, expected"),
     "no chosen": ("pair", {"rejected": [Q, A]}, "column `chosen` is missing, found `rejected`, expected"),
@@ -124,6 +124,16 @@ BAD_ROWS = {
         "pair",
         '{"prompt": "q", "chosen": "a", "rejected": "b", "margin": Infinity}',
         "column `margin`: found inf, expected a finite number",
+    ),
+    "margin of 400 digits": (
+        "pair",
+        GOOD["pair"] | {"margin": 10**400},
+        f"column `margin`: found 1{'0' * 56}..., expected a finite number, as a float32",
+    ),
+    "margin beyond float32": (
+        "pair",
+        GOOD["pair"] | {"margin": 1e39},
+        "column `margin`: found 1e+39, expected a finite number, as a float32",
     ),
     "margin below 0": (
         "pair",
