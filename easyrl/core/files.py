@@ -58,12 +58,13 @@ def check_folder(folder: Path, named: str) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a file or folder to the first free `NAME.1.SUFFIX`, `NAME.2.SUFFIX`, ..., to make room for another.
+    """Renames a file to the first free `NAME.1.SUFFIX`, `NAME.2.SUFFIX`, ..., to make room for another; returns that.
 
-    Returns the new path.
+    A folder has no suffix: the 8b of llama-3.1-8b is none.
     """
     number = 1
-    while (free := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+    while (free := path.with_name(f"{stem}.{number}{suffix}")).exists():
         number += 1
     return path.rename(free)
 
