@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -139,11 +140,19 @@ def parse_value(spec: FlagSpec, text: str) -> Any:
         raise ValueError(f"expected {EXPECTED[spec.type]}") from None
     if spec.type is float and math.isnan(value):
         raise ValueError("expected a number")
+    if spec.type is str and (unknown := _unknown_home(value)):
+        raise ValueError(f"expected a home folder behind ~, found none for {unknown}")
     if spec.choices and value not in spec.choices:
         raise ValueError(f"expected one of {', '.join(map(str, spec.choices))}")
     if spec.type in (int, float) and not spec.range.holds(value):
         raise ValueError(f"expected {spec.range}")
     return value
+
+
+def _unknown_home(text: str) -> str:
+    """The first `~` or `~NAME` before a path in `text`, as in hf::~NAME/DIR, that is nobody's here; empty: none."""
+    homes = re.findall(r"(?:^|::|[,@])\s*(~[\w.\-]*)(?=/|,|$)", text)
+    return next((home for home in homes if os.path.expanduser(home) == home), "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

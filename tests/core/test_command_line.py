@@ -222,6 +222,17 @@ def test_a_bad_yaml_file_is_one_line_with_file_and_row(write, text, message):
     assert error_of(argument).startswith(argument + message)
 
 
+@pytest.mark.parametrize("text", ["~nobody_here/x", "hf::~nobody_here/x", "a.jsonl:0.5,~nobody_here/b:0.5"])
+def test_a_home_of_nobody_is_refused(text):
+    with pytest.raises(UserError, match=r"expected a home folder behind ~, found none for ~nobody_here$") as caught:
+        load_config(Config, [f"--name={text}"])
+    assert str(caught.value).startswith(f"--name={text}: ")
+
+
+def test_a_tilde_that_is_no_home_stays():
+    assert load_config(Config, ["--name=~5 % more, a~b/c"]).name == "~5 % more, a~b/c"
+
+
 def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("name: ~/name\n")
