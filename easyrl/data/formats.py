@@ -133,8 +133,9 @@ def _labelled_from_pair(row: Row) -> list[Example]:
 
 
 def _prompt(row: Row) -> Prompt:
-    found = [name for name in ("messages", "conversations", "turns", "instruction", "prompt") if name in row]
-    found = found or [name for name in ("question",) if name in row]
+    found: list[str] = [name for name in ("messages", "conversations", "turns", "instruction", "prompt") if name in row]
+    if not found and "question" in row:
+        found = ["question"]
     if not found:
         raise _no_columns(row, "prompt")
     conversation = next((name for name in ("messages", "conversations") if name in row), None)

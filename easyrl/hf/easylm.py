@@ -96,7 +96,11 @@ class EasyLMCheckpoint:
         reader = _Reader(path, self._bytes)
         prefix = ("params", "params") if kind == "trainstate_params" else ()
         leaves = reader.walk(0, ()) if kind == "flax_params" else reader.pairs(prefix)
-        self._tensors = {_their_name(key): stored for key, stored in _put_together(path, dict(leaves), self._bytes)}
+        try:
+            arrays = dict(leaves)
+        except RecursionError:
+            raise UserError(f"{path}: is nested too deeply, expected an EasyLM {kind} file") from None
+        self._tensors = {_their_name(key): stored for key, stored in _put_together(path, arrays, self._bytes)}
         if not self._tensors:
             raise UserError(f"{path}: holds no {'.'.join(prefix) or 'parameters'}, expected an EasyLM {kind} file")
 

@@ -246,7 +246,7 @@ def _raw_config(target: str, source: str) -> tuple[dict[str, Any], str, Path | N
     if target.startswith("{"):
         try:
             return json.loads(target), source, None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source}: is not JSON ({error})") from None
     path = Path(target).expanduser()
     path = path / "config.json" if path.is_dir() else path

@@ -169,6 +169,14 @@ def test_a_damaged_file_is_one_line(folder, tmp_path, mesh, damage, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("data", [b"\x81\xa1a" * 20_000 + b"\xc0", b"\x81\xa1a" + b"\x91" * 20_000 + b"\xc0"])
+def test_deep_nesting_is_one_line(folder, tmp_path, mesh, data):
+    path = tmp_path / "flax_params"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"^--load_checkpoint: {path}: (is nested too deeply|byte 3: found)"):
+        load_model(f"flax_params::{path}@{folder()}", mesh, head="lm")
+
+
 def test_another_size_names_tensor_and_shapes(folder, tmp_path, mesh):
     directory, path = folder(), tmp_path / "streaming_params"
     write_stream(path, easylm_params(directory))

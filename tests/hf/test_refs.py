@@ -23,6 +23,15 @@ def test_grammar():
             parse_ref(wrong, "--policy")
 
 
+def test_deep_nesting_is_one_line(tmp_path):
+    deep = '{"a": ' + "[" * 100_000
+    (tmp_path / "config.json").write_text(deep)
+    with pytest.raises(UserError, match=f"^--load_checkpoint: {tmp_path}/config.json: cannot be read as JSON"):
+        refs.find_model(f"hf::{tmp_path}")
+    with pytest.raises(UserError, match=r"^--load_checkpoint=random::.*: is not JSON"):
+        refs.find_model(f"random::{deep}")
+
+
 def test_folder(folder, make, mesh):
     directory = folder()
     loaded = load_model(f"hf::{directory}", mesh, head="lm", compute={"remat": "full"})
