@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def load_tokenizer(ref: str, flag: str = "--tokenizer") -> Tokenizer:
         where = str(path) if path.is_dir() else ref
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         if not _reads_as_its_file(tokenizer, where):
-            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(where)
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         found = " ".join(str(error).split())[:200]
         raise UserError(f"{flag}={ref}: no tokenizer can be loaded ({type(error).__name__}: {found})") from None
@@ -72,7 +71,7 @@ def _reads_as_its_file(tokenizer: Tokenizer, where: str) -> bool:
     if file is None:
         return True
     both = (tokenizer.backend_tokenizer, Backend.from_file(file))
-    ours, theirs = (pickle.dumps((backend.normalizer, backend.pre_tokenizer)) for backend in both)
+    ours, theirs = ([part.__getstate__() for part in (one.normalizer, one.pre_tokenizer)] for one in both)
     return ours == theirs
 
 
