@@ -27,9 +27,10 @@ from easyrl.core.errors import UserError
 from easyrl.core.files import check_writable
 from easyrl.core.fingerprint import fingerprint_params
 from easyrl.core.sharding import check_batch, make_mesh, num_data_shards
+from easyrl.data.choice import parse_split
 from easyrl.data.generations import Candidate, best_row, demonstration_row, generation_rows, preference_row
 from easyrl.data.prompts import PromptRow, prompt_batch, read_prompts
-from easyrl.data.readers import open_source, parse_split
+from easyrl.data.readers import open_source
 from easyrl.data.templates import Template, load_template
 from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id
 from easyrl.hf.refs import find_model, load_weights, stop_ids_of

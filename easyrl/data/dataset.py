@@ -17,9 +17,10 @@ from easyrl.core.config import flag
 from easyrl.core.distributed import check_same, quiet
 from easyrl.core.errors import UserError
 from easyrl.core.files import cache_folder
+from easyrl.data.choice import parse_mixture, parse_split
 from easyrl.data.formats import EXPECTED
 from easyrl.data.messages import BadRow
-from easyrl.data.readers import OnBad, Row, Source, open_source, parse_mixture, parse_split, refuse
+from easyrl.data.readers import OnBad, Row, Source, open_source, refuse
 from easyrl.data.report import DataReport, table
 from easyrl.data.sequences import Encoder, Limits, Sample, TokenSequence
 from easyrl.data.store import VERSION, Store, Unwritable, open_store, write_store

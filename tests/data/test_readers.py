@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from easyrl.core.errors import UserError
-from easyrl.data.readers import Split, open_source, parse_mixture, parse_split
+from easyrl.data.choice import Split, parse_mixture, parse_split
+from easyrl.data.readers import open_source
 
 ROWS = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}, {"prompt": "ü", "n": 3}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
