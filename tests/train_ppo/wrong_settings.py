@@ -16,8 +16,8 @@ DATA = {
         "--train_dataset.path: FOLDER/rows.jsonl line 7: broken JSON at column 12",
     ),
     "no column for the prompt": (
-        lambda b: {"train_dataset.path": b.rows(*PROMPTS, {"question": "why"})},
-        "rows.jsonl line 7: found `question`, expected `messages`, `turns`, `instruction`, `prompt`",
+        lambda b: {"train_dataset.path": b.rows(*PROMPTS, {"asked": "why"})},
+        "rows.jsonl line 7: found `asked`, expected `messages`, `turns`, `instruction`, `prompt`",
     ),
     "a prompt that is no text": (
         lambda b: {"train_dataset.path": b.rows({"prompt": 7}, *PROMPTS)},
@@ -63,6 +63,17 @@ REWARDS = {
     ),
     "a column that the function needs": (
         lambda b: b.function("wants_column"),
+        "--reward_function=ppo_test_functions:wants_column needs the column 'solution', the data have messages",
+    ),
+    "a column that no held-out row has": (
+        lambda b: {
+            **b.function("wants_column"),
+            **dict.fromkeys(
+                ("train_dataset.path", "eval_dataset.path"), b.rows({"prompt": "sun", "solution": 1}, *PROMPTS * 2)
+            ),
+            "train_dataset.split": "[:8]",
+            "eval_dataset.split": "[8:]",
+        },
         "--reward_function=ppo_test_functions:wants_column needs the column 'solution', the data have messages",
     ),
     "a function that gives too few": (
