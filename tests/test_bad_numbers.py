@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def flags(folder, monkeypatch):
     monkeypatch.setenv("EASYRL_CACHE", str(folder / "cache"))
+    monkeypatch.setattr("easyrl.data.formats.LARGEST", np.inf)  # lets a margin in that is refused
     return TINY | {"load_checkpoint": f"hf::{folder / 'model'}"}
 
 

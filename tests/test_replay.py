@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from easyrl import replay, train_dpo, train_rm
@@ -75,6 +76,7 @@ def test_what_cannot_be_replayed_is_one_line(recorded, tmp_path):
 def test_the_batch_that_ended_a_run(script, tmp_path, monkeypatch, capsys):
     """Its loss is not finite in the replay either; everything else is as recorded."""
     monkeypatch.setenv("EASYRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("easyrl.data.formats.LARGEST", np.inf)  # lets a margin in that is refused
     rows = [PAIRS[0] | {"margin": 1e39}, *PAIRS[1:]]
     flags = TINY | {
         "load_checkpoint": f"hf::{write_model(tmp_path / 'model')}", "max_bad_steps": 0, "num_epochs": 3,
