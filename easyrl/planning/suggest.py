@@ -16,8 +16,8 @@ from easyrl.sampling.loops import DECODE
 from easyrl.sampling.refill import REFILLS
 
 COMPILED = 4  # candidates that are compiled
-# Residual streams that the backward pass keeps of a layer, about.
-KEPT = {"full": 1, "dots": 8, "none": 24}
+# What the backward pass keeps of a layer, about, in residual streams: whole on every device, and split over mp.
+KEPT = {"full": (0, 1), "dots": (2, 10), "none": (8, 16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,8 @@ def _estimate(config: Any, plan: ScriptPlan, mesh: Mesh, topology: Topology) -> 
         rows, length = _rows(phase)
         width, layers = _stream(phase)
         stream = 2 * width * length * rows / num_data_shards(mesh)
-        kept = KEPT[config.remat] * layers * stream if phase.layers else 4 * stream
+        whole, split = KEPT[config.remat]
+        kept = (whole + split / mp) * layers * stream if phase.layers else 4 * stream
         inside = sum(phase.parts.values()) + kept + matrices / max(layers, 1)
         peak = max(peak, resident + inside)
         groups = _rounds(phase)
