@@ -211,8 +211,9 @@ def run(
     """Runs a script: reads the command line into `config_class`, calls `main(config)` and exits.
 
     A config with a group `jax_distributed` (`core.distributed.DistributedConfig`) joins the other processes first, if
-    there are any. The exit status is 0, or that of `tell` after its line. Any other exception is a fault of ours and
-    keeps its traceback.
+    there are any; one whose `dtype` is fp32 multiplies in float32 on every platform (`core.platform.set_precision`).
+    The exit status is 0, or that of `tell` after its line. Any other exception is a fault of ours and keeps its
+    traceback.
 
     A script whose command line is more than one config hands over `parser(argv)`, whose result `main` gets.
     """
