@@ -25,7 +25,7 @@ from easyrl.core.config import flag, to_dict
 from easyrl.core.distributed import is_first, say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
-from easyrl.core.sharding import check_batch, fetch, make_mesh, put, replicated
+from easyrl.core.sharding import check_batch, fetch, make_mesh, num_data_shards, put, replicated
 from easyrl.data.dataset import DatasetConfig, HeldOutConfig
 from easyrl.data.packing import pack
 from easyrl.data.prompts import PromptBatch, PromptDataset
@@ -50,7 +50,7 @@ from easyrl.runtime.interrupt import stopping_at_signals
 from easyrl.runtime.loop import Hook, StepInfo, run_loop
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.runtime.ppo_card import ppo_card, value_card
-from easyrl.runtime.progress import compile_programs, progress_hook
+from easyrl.runtime.progress import compile_programs, progress_hook, warn
 from easyrl.runtime.report import write_report
 from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
 from easyrl.runtime.run_dir import make_run_dir
@@ -168,6 +168,9 @@ def main(config: Config) -> None:
     mesh = make_mesh(config.mesh_dim)
     check_batch(config.train_dataset.batch_size, mesh, config.mesh_dim)
     check_batch(config.decode_rows, mesh, config.mesh_dim, "--decode_rows")
+    if config.mini_batch_size < (shards := num_data_shards(mesh)) and not config.generate_only:
+        warn(f"--mini_batch_size={config.mini_batch_size}: of the {shards} parts that dp x fsdp of --mesh_dim="
+             f"{config.mesh_dim} makes of a batch, some have nothing to do in updates")  # fmt: skip
     whole = replicated(mesh)
 
     # ------------------------------------------------------------ what there is: everything but the weights

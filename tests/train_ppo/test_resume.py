@@ -72,9 +72,10 @@ def test_with_other_weights_of_frozen_models_it_is_refused(run, flags, broken, t
         run(**flags, output_dir=folder)
 
 
-def test_on_eight_devices_to_1e_5(run, flags, unbroken, broken, tmp_path):
+def test_on_eight_devices_to_1e_5(run, flags, unbroken, broken, tmp_path, capfd):
     folder = shutil.copytree(broken.path, tmp_path / "run")
     result = run(**flags, output_dir=folder, num_devices=8, mesh_dim="1,8,1")
+    assert "--mini_batch_size=4: of the 8 parts that dp x fsdp of --mesh_dim=1,8,1 makes" in capfd.readouterr().err
     for row, expected in zip(result.metrics, unbroken.metrics, strict=True):
         for name in row.keys() - {"tokens/padding_share"}:  # about how rows lie on devices
             np.testing.assert_allclose(row[name], expected[name], atol=1e-5, rtol=1e-5, err_msg=name)
