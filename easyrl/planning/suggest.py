@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from easyrl.core.errors import UserError
+from easyrl.core.groups import GROUPS
 from easyrl.core.sharding import make_mesh, num_data_shards
 from easyrl.planning.phases import Phase, ScriptPlan
 from easyrl.planning.report import Report
@@ -75,14 +76,19 @@ def _estimate(config: Any, plan: ScriptPlan, mesh: Mesh, topology: Topology) -> 
         rows, length = _rows(phase)
         width, layers = _stream(phase)
         stream = 2 * width * length * rows / num_data_shards(mesh)
-        whole, split = KEPT[config.remat]
-        kept = (whole + split / mp) * layers * stream if phase.layers else 4 * stream
-        inside = sum(phase.parts.values()) + kept + matrices / max(layers, 1)
-        peak = max(peak, resident + inside)
-        groups = _rounds(phase)
-        passes = 3 if phase.layers else 1
-        sent = groups * passes * (matrices + (4 * layers * stream if mp > 1 else 0)) if rows else 0.0
-        read = groups * matrices
+        layer, head = matrices / max(layers, 1), 2 * _head_size(phase) / mp
+        if phase.layers:
+            whole, split = KEPT[config.remat]
+            # What compiled plans need besides: gathered weights and their float32 gradients, and what a layer makes.
+            inside = (whole + split / mp) * layers * stream + 4 * layer + 6 * head + 32 * stream
+        else:
+            inside = 4 * stream + layer + head
+        peak = max(peak, resident + sum(phase.parts.values()) + inside)
+        groups, steps = phase.loops.get(GROUPS, 0.0), _decoding_steps(phase)
+        gathered = (3 if phase.layers else 1) * (mesh.shape["fsdp"] > 1)  # forwards, backwards, and the gradient back
+        passes = (3 if config.remat == "full" else 2) if phase.layers else 1
+        sent = groups * (gathered * matrices + (4 * passes * layers * stream if mp > 1 else 0))
+        read = groups * passes * matrices + steps * sum(phase.parts.values())  # decoding: its weights and its cache
         busy = (phase.necessary + phase.recomputed) / topology.num_devices
         if topology.chip is None:
             seconds += phase.runs * (busy / 1e11 + sent / 1e10)
@@ -93,11 +99,19 @@ def _estimate(config: Any, plan: ScriptPlan, mesh: Mesh, topology: Topology) -> 
     return peak, seconds
 
 
-def _rounds(phase: Phase) -> float:
-    """How often the loops of a phase run in all: steps of decoding are inside the loop of refills, if there is one."""
+def _decoding_steps(phase: Phase) -> float:
+    """Steps of decoding; they are inside the loop of refills, if there is one."""
     steps = sum(trips for name, trips in phase.loops.items() if name.startswith(DECODE))
-    others = sum(trips for name, trips in phase.loops.items() if not name.startswith(DECODE) and name != REFILLS)
-    return others + steps * phase.loops.get(REFILLS, 1.0)
+    return steps * phase.loops.get(REFILLS, 1.0)
+
+
+def _head_size(phase: Phase) -> int:
+    """The numbers of the head that the first model's logits come from; 0 without one."""
+    for params in _weights(phase):
+        if isinstance(params, dict) and "layers" in params:
+            head = params["head"].get("kernel") if "head" in params else params.get("embed", {}).get("tokens")
+            return 0 if head is None else head.size
+    return 0
 
 
 def _weights(phase: Phase) -> Any:

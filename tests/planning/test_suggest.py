@@ -45,6 +45,17 @@ def test_the_fastest_that_fit_come_first():
     assert by_flags["1,8,1", 8, "full"] < by_flags["1,8,1", 16, "full"]
 
 
+def test_what_is_sent_is_counted_by_groups():
+    """Weights are gathered for each group of rows, not for each chunk of logits or step of decoding inside."""
+    short = ("--load_checkpoint=random::llama2-7b", "--train_dataset.batch_size=32", "--train_dataset.seq_length=128")
+    found = candidates("--script=train_sft", *short)
+    by_rows = {c.config.micro_batch_size: c.seconds for c in found if c.flags.startswith("--mesh_dim=1,8,1 ")}
+    assert by_rows[8] == pytest.approx(2 * by_rows[16], rel=0.01)  # bound by links
+    topology = parse_topology(TPU)
+    weights = 2 * 6.74e9 * 3 * (32 / 8) / (topology.chip.link / topology.chip.cores)
+    assert by_rows[8] == pytest.approx(weights, rel=0.01)
+
+
 def test_slices_are_joined_by_dp():
     found = candidates("--script=train_dpo", *OFFLINE, topology="2xv3:1x2")
     assert {c.config.mesh_dim for c in found} == {"2,4,1", "2,2,2"}
