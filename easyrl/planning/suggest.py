@@ -105,15 +105,6 @@ def _decoding_steps(phase: Phase) -> float:
     return steps * phase.loops.get(REFILLS, 1.0)
 
 
-def _head_size(phase: Phase) -> int:
-    """The numbers of the head that the first model's logits come from; 0 without one."""
-    for params in _weights(phase):
-        if isinstance(params, dict) and "layers" in params:
-            head = params["head"].get("kernel") if "head" in params else params.get("embed", {}).get("tokens")
-            return 0 if head is None else head.size
-    return 0
-
-
 def _weights(phase: Phase) -> Any:
     """The parameters among a phase's arguments: its first one, or those of the models in a state."""
     first = phase.arguments[0]
@@ -129,14 +120,24 @@ def _rows(phase: Phase) -> tuple[int, int]:
     return 0, 0
 
 
+def _first_model(phase: Phase) -> dict:
+    """The parameters of the first model that has layers; {} without one."""
+    return next((params for params in _weights(phase) if isinstance(params, dict) and "layers" in params), {})
+
+
 def _stream(phase: Phase) -> tuple[int, int]:
     """Width and layers of the first model."""
-    for params in _weights(phase):
-        if isinstance(params, dict) and "layers" in params:
-            norm = params["layers"]["attn_norm"]
-            leaf = jax.tree.leaves(norm)[0]
-            return leaf.shape[1], leaf.shape[0]
-    return 0, 0
+    if not (params := _first_model(phase)):
+        return 0, 0
+    layers, width = jax.tree.leaves(params["layers"]["attn_norm"])[0].shape
+    return width, layers
+
+
+def _head_size(phase: Phase) -> int:
+    """The numbers of the head that the first model's logits come from; 0 without one."""
+    params = _first_model(phase)
+    head = params["head"].get("kernel") if "head" in params else params.get("embed", {}).get("tokens")
+    return 0 if head is None else head.size
 
 
 def table(tried: list[tuple[Candidate, Report]]) -> str:

@@ -46,7 +46,7 @@ def test_the_fastest_that_fit_come_first():
 
 
 def test_what_is_sent_is_counted_by_groups():
-    """Weights are gathered for each group of rows, not for each chunk of logits or step of decoding inside."""
+    """Weights are gathered for each group of rows, not for each chunk of logits inside."""
     short = ("--load_checkpoint=random::llama2-7b", "--train_dataset.batch_size=32", "--train_dataset.seq_length=128")
     found = candidates("--script=train_sft", *short)
     by_rows = {c.config.micro_batch_size: c.seconds for c in found if c.flags.startswith("--mesh_dim=1,8,1 ")}
