@@ -59,6 +59,14 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
+def started() -> None:
+    """JAX has started with its eight devices: a plan for fewer would start it with as many as it is for."""
+    import jax
+
+    jax.devices()
+
+
+@pytest.fixture
 def stems(request) -> None:
     """Skips a test of packed rows with stems where the way to attend knows of none."""
     if request.config.getoption("--attention") == "splash":

@@ -19,6 +19,8 @@ from easyrl.planning.necessary import ForwardFlops
 from easyrl.planning.topology import parse_topology
 from tests.source import REPO
 
+pytestmark = pytest.mark.usefixtures("started")
+
 SMALL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,

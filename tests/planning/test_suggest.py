@@ -11,6 +11,8 @@ from easyrl.planning import suggest
 from easyrl.planning.topology import GIB, parse_topology
 from tests.test_plan import MODEL, OFFLINE, PPO
 
+pytestmark = pytest.mark.usefixtures("started")
+
 TPU = "v3:2x2"  # eight devices, whose peaks are known
 
 
