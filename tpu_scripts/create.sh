@@ -7,5 +7,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 parse_flags "$@"
 need NAME TYPE
-create_or_explain
+create_or_explain || die "$FAILED_STATUS" "gcloud could not create $NAME"
 wait_for_pod || die "$FAILED_STATUS" "$NAME did not become active: it is $(pod_state)"

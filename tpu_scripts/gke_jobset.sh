@@ -2,21 +2,24 @@
 # Prints the manifest of a run on TPUs of Google Kubernetes Engine, as a JobSet: for `kubectl apply -f -`.
 #
 #     tpu_scripts/gke_jobset.sh --name=NAME --accelerator=v5p --topology=4x4x8 --image=IMAGE [--slices=1] \
-#         [--restarts=20] [--spot] -- python -m easyrl.train_ppo --config=... --checkpoint_dir=gs://BUCKET/NAME
+#         [--restarts=20] [--spot] [--secret=NAME] \
+#         -- python -m easyrl.train_ppo --config=... --checkpoint_dir=gs://BUCKET/NAME
 #
 # One pod of Kubernetes runs on each machine of a slice, and JAX finds the others from what GKE tells it. When a node is
 # preempted or a process fails, the JobSet starts all pods anew, and the run goes on from its last checkpoint. The
 # cluster needs the JobSet controller and a node pool of that accelerator and topology; the image needs easyrl[tpu].
+# What the Secret called --secret holds, as HF_TOKEN, is in the environment of the run.
 
 # shellcheck source=tpu_scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-accelerator='' topology='' image='' slices=1 restarts=20 rest=()
+accelerator='' topology='' image='' secret='' slices=1 restarts=20 rest=()
 while (($#)); do
   case $1 in
     --accelerator=*) accelerator=${1#*=} ;;
     --topology=*) topology=${1#*=} ;;
     --image=*) image=${1#*=} ;;
+    --secret=*) secret=${1#*=} ;;
     --slices=*) slices=${1#*=} ;;
     --restarts=*) restarts=${1#*=} ;;
     --)
@@ -90,6 +93,9 @@ cat <<EOF
                       value: tpu
                     - name: LIBTPU_INIT_ARGS
                       value: $(quoted "${LIBTPU_ARGS[*]}")
+EOF
+[[ -z $secret ]] || printf '                  envFrom:\n                    - secretRef: {name: %s}\n' "$(quoted "$secret")"
+cat <<EOF
                   ports:
                     - containerPort: 8471 # TPU runtimes of a slice
                     - containerPort: 8476 # JAX's coordinator

@@ -13,6 +13,9 @@ QUOTA_STATUS=4  # the quota does not allow the pod
 # shellcheck disable=SC2034  # for run.sh
 ENDED_STATUS=5 # stop.sh has ended the run
 
+SCRATCH=$(mktemp -d) # for this script alone: several may run at a time
+trap 'rm -rf "$SCRATCH"' EXIT
+
 # What libtpu and XLA are told, each with its reason. Override it all with --libtpu_args.
 LIBTPU_ARGS=(
   # Weights that are split over fsdp are gathered layer by layer. Fused into the matrix products before them, the
@@ -49,9 +52,12 @@ flags:
   --internal_ips       machines without public addresses; ssh goes through Google's tunnel
   --run=NAME           name of the run, for files; empty: the pod's
   --bucket=gs://PATH   the run's folder is kept at PATH/RUN too, so that it outlives the pod; for run.sh a must
+  --secrets=FILE       lines NAME=VALUE, as of HF_TOKEN and WANDB_API_KEY: setup.sh and run.sh copy it to the machines,
+                       where it is the environment of what they run
   --libtpu_args=ARGS   instead of those in lib.sh
   --every=SECONDS      between two looks at a pod (30)
-  --failures=N         crashes after which run.sh gives up (3); preemptions do not count
+  --failures=N         after so many crashes, or failures of one step in a row, run.sh gives up (3); preemptions do not
+                       count
   --dry_run            print every gcloud command instead of running it
   -- COMMAND           what every machine runs, as in: -- python -m easyrl.train_ppo --config=...
                        a trainer writes into runs/RUN, the folder that --bucket keeps
@@ -60,7 +66,7 @@ EOF
 
 parse_flags() { # sets NAME, TYPE, ... and COMMAND from the command line
   NAME='' TYPE='' ZONE='' PROJECT='' PRICING='' VERSION='' NETWORK='' INTERNAL_IPS='' RUN='' BUCKET='' DRY_RUN=''
-  EVERY=30 FAILURES=3 TUNNEL=() COMMAND=()
+  SECRETS='' EVERY=30 FAILURES=3 TUNNEL=() COMMAND=()
   local libtpu=''
   while (($#)); do
     case $1 in
@@ -80,6 +86,7 @@ parse_flags() { # sets NAME, TYPE, ... and COMMAND from the command line
         ;;
       --run=*) RUN=${1#*=} ;;
       --bucket=*) BUCKET=${1#*=} ;;
+      --secrets=*) SECRETS=${1#*=} ;;
       --libtpu_args=*) libtpu=${1#*=} ;;
       --every=*) EVERY=${1#*=} ;;
       --failures=*) FAILURES=${1#*=} ;;
@@ -105,6 +112,18 @@ parse_flags() { # sets NAME, TYPE, ... and COMMAND from the command line
   [[ -z $BUCKET || $BUCKET =~ ^gs://[A-Za-z0-9._/-]+$ ]] || die 2 "--bucket=$BUCKET: expected gs://BUCKET or a path in it"
   [[ $EVERY =~ ^[0-9]+$ && $FAILURES =~ ^[0-9]+$ ]] || die 2 "--every and --failures: expected whole numbers"
   BUCKET=${BUCKET%/}
+  check_secrets
+}
+
+check_secrets() { # a shell is to read the file and run nothing; no message repeats what is in it
+  [[ -n $SECRETS ]] || return 0
+  [[ -r $SECRETS ]] || die 2 "--secrets=$SECRETS: there is no such file"
+  local line number=0 plain='[^]["'\''$`\;&|<>(){}*?!~#[:space:]]*' double='"[^"$`\]*"' single="'[^']*'"
+  while IFS= read -r line || [[ -n $line ]]; do
+    number=$((number + 1))
+    [[ $line =~ ^[[:space:]]*(#.*)?$ || $line =~ ^(export )?[A-Za-z_][A-Za-z0-9_]*=($plain|$double|$single)$ ]] ||
+      die 2 "--secrets=$SECRETS, line $number: expected NAME=VALUE, in quotes where it has signs of the shell's"
+  done <"$SECRETS"
 }
 
 need() { # need VARIABLE...: those flags must have been given
@@ -157,22 +176,34 @@ cores_per_chip() { # what the number in an accelerator type counts
 
 # ---------------------------------------------------------------- states
 
-pod_state() { # NONE, WAITING, ACTIVE, GONE (preempted, or its node has vanished) or FAILED
-  local state node
-  if ! state=$(cloud compute tpus queued-resources describe "$NAME" --format='value(state.state)' 2>/dev/null); then
-    echo NONE
-    return
+# described KIND FIELD: of the pod, or NOT_FOUND, or UNKNOWN and gcloud's reason where it does not get to know
+described() {
+  local value errors=$SCRATCH/errors
+  if value=$(cloud compute tpus "$1" describe "$NAME" "--format=value($2)" 2>"$errors"); then
+    printf '%s\n' "$value"
+  elif grep -q NOT_FOUND "$errors"; then
+    echo NOT_FOUND
+  else
+    cat "$errors" >&2
+    echo UNKNOWN
   fi
-  case $state in
+}
+
+# NONE, WAITING, ACTIVE, GONE (preempted, or its node has vanished), DELETING, FAILED, or UNKNOWN, which is none of them
+pod_state() {
+  case $(described queued-resources state.state) in
     ACTIVE)
-      node=$(cloud compute tpus tpu-vm describe "$NAME" --format='value(state)' 2>/dev/null) || node=NOT_FOUND
-      case $node in
+      case $(described tpu-vm state) in
         READY) echo ACTIVE ;;
         CREATING | STARTING | RESTARTING | REPAIRING) echo WAITING ;;
+        UNKNOWN) echo UNKNOWN ;;
         *) echo GONE ;;
       esac
       ;;
-    SUSPENDING | SUSPENDED | DELETING) echo GONE ;;
+    NOT_FOUND) echo NONE ;;
+    UNKNOWN) echo UNKNOWN ;;
+    DELETING) echo DELETING ;;
+    SUSPENDING | SUSPENDED) echo GONE ;;
     FAILED) echo FAILED ;;
     *) echo WAITING ;;
   esac
@@ -198,9 +229,11 @@ create_pod() { # asks for the pod; returns TAKEN_STATUS or QUOTA_STATUS where th
   esac
 }
 
-create_or_explain() { # create_pod, with a line for each way in which it can go wrong
+why_failed() { cloud compute tpus queued-resources describe "$NAME" '--format=yaml(state)'; }
+
+create_or_explain() { # create_pod; ends with a line where asking again is no use, and else returns FAILED_STATUS
   local status=0
-  [[ -n $VERSION ]] || VERSION=$(runtime_version "$TYPE")
+  [[ -n $VERSION ]] || VERSION=$(runtime_version "$TYPE") || exit 2
   create_pod || status=$?
   case $status in
     0) ;;
@@ -208,7 +241,7 @@ create_or_explain() { # create_pod, with a line for each way in which it can go 
     "$QUOTA_STATUS")
       die "$QUOTA_STATUS" "the quota does not allow a ${PRICING#--} $TYPE in ${ZONE:-this zone}: ask for more under IAM & Admin, Quotas"
       ;;
-    *) die "$FAILED_STATUS" "gcloud could not create $NAME" ;;
+    *) return "$FAILED_STATUS" ;;
   esac
 }
 
@@ -225,7 +258,7 @@ wait_for_pod() { # until the pod is ACTIVE (0) or will not become so (1)
     last=$state
     case $state in
       ACTIVE) return 0 ;;
-      GONE | FAILED | NONE) return 1 ;;
+      GONE | DELETING | FAILED | NONE) return 1 ;;
     esac
     sleep "$EVERY"
   done
@@ -241,17 +274,33 @@ on_workers() { # on_workers COMMAND: by ssh, on all machines at once
   cloud compute tpus tpu-vm ssh "$NAME" --worker=all --batch-size=all "${TUNNEL[@]}" --quiet "--command=$1"
 }
 
-setup_pod() { # this checkout and its dependencies on every machine
-  local source archive=${TMPDIR:-/tmp}/easyrl.tar.gz
-  source=$(git -C "$(dirname "${BASH_SOURCE[0]}")" rev-parse --show-toplevel)
+to_workers() { # to_workers FILE NAME: by scp, into the home of all machines
+  cloud compute tpus tpu-vm scp "$1" "$NAME:$2" --worker=all "${TUNNEL[@]}" --quiet
+}
+
+copy_secrets() { # scp gives a new file the mode of its source
+  [[ -n $SECRETS ]] || return 0
+  local copy=$SECRETS
+  if [[ -z $DRY_RUN ]]; then
+    copy=$SCRATCH/easyrl.secrets
+    install -m 600 "$SECRETS" "$copy" || return
+  fi
+  to_workers "$copy" easyrl.secrets && on_workers 'chmod 600 easyrl.secrets'
+}
+
+# This checkout and its dependencies on every machine, and the secrets. The steps are joined by hand: `set -e` does
+# nothing where a caller asks whether they have worked.
+setup_pod() {
+  local source archive=$SCRATCH/easyrl.tar.gz
   if [[ -n $DRY_RUN ]]; then
     printf 'git archive --output=easyrl.tar.gz HEAD\n'
     archive=easyrl.tar.gz
   else
-    git -C "$source" archive --output="$archive" HEAD
+    source=$(git -C "$(dirname "${BASH_SOURCE[0]}")" rev-parse --show-toplevel) &&
+      git -C "$source" archive --output="$archive" HEAD || return
   fi
-  cloud compute tpus tpu-vm scp "$archive" "$NAME:easyrl.tar.gz" --worker=all "${TUNNEL[@]}" --quiet
-  on_workers 'mkdir -p easyrl && tar -xzf easyrl.tar.gz -C easyrl && cd easyrl && bash tpu_scripts/worker_setup.sh'
+  to_workers "$archive" easyrl.tar.gz && copy_secrets &&
+    on_workers 'mkdir -p easyrl && tar -xzf easyrl.tar.gz -C easyrl && cd easyrl && bash tpu_scripts/worker_setup.sh'
 }
 
 is_trainer() { [[ " ${COMMAND[*]} " == *' -m easyrl.train_'* ]]; } # whether COMMAND is one of ours
@@ -286,19 +335,25 @@ need_kept_output() { # what a trainer writes elsewhere than in runs/RUN is not i
     die 2 "--output_dir=$output: expected runs/$RUN, the folder that is kept in the bucket; --run gives it its name"
 }
 
-launch_run() { # starts COMMAND on every machine and returns
+# Starts COMMAND on every machine and returns; fails, with a line of the machine's, where one cannot start it.
+launch_run() {
   local words start
   printf -v words ' %q' "${COMMAND[@]}"
-  start="cd easyrl && RUN=$RUN BUCKET=$BUCKET LIBTPU_INIT_ARGS='${LIBTPU_ARGS[*]}' "
-  start+="nohup bash tpu_scripts/worker.sh$words"
+  start="[ -e easyrl/.venv ] || { echo \"\$(hostname): not set up: setup.sh does that\" >&2; exit 1; }; "
+  start+="cd easyrl && export RUN=$RUN BUCKET=$BUCKET LIBTPU_INIT_ARGS='${LIBTPU_ARGS[*]}' && "
+  start+="bash tpu_scripts/worker.sh || exit 1; " # without a command it tells whether it would start one
   # ssh waits for whatever holds its output, the shell in the background too.
-  on_workers "($start) > /dev/null 2>&1 < /dev/null & sleep 1"
+  on_workers "${start}nohup bash tpu_scripts/worker.sh$words > /dev/null 2>&1 < /dev/null & sleep 1"
 }
 
-run_states() { # one line a machine: none, running, ended, stopped, or the exit status of its process
-  local look="read -r state pid <easyrl/runs/$RUN/status.\$(hostname) || state=none; "
-  look+="[ \$state != running ] || kill -0 \$pid || state=137; " # as if killed, which it was if the machine restarted
-  on_workers "${look}echo \$state"
+# For the shell of a machine: sets `state` to none, running, ended, stopped, or the exit status of its process.
+look_at_run() {
+  printf '%s' "read -r state pid <easyrl/runs/$RUN/status.\$(hostname) || state=none; "
+  printf '%s' "[ \$state != running ] || kill -0 \$pid || state=137; " # it was killed, if only by the machine's restart
+}
+
+run_states() { # one line a machine
+  on_workers "$(look_at_run)echo \$state"
 }
 
 # NEW, RUNNING, DONE, ENDED (by stop.sh), STOPPED (asked to end by something else, and saved), WRONG (a wrong command),
@@ -343,6 +398,8 @@ show_logs() { # show_logs [tail's options]: the end of every machine's log, each
   on_workers "tail $* easyrl/runs/$RUN/log.\$(hostname) | sed -u \"s/^/\$(hostname): /\""
 }
 
-stop_run() { # SIGTERM to the process of every machine: it saves, and ends; the file tells worker.sh who asked
-  on_workers "cd easyrl/runs/$RUN && touch end.\$(hostname) && kill -TERM \$(cat pid.\$(hostname)) || true"
+# SIGTERM to the process of every machine: it saves, and ends, which is waited for. The file tells worker.sh who asked.
+stop_run() {
+  local ask="(cd easyrl/runs/$RUN && touch end.\$(hostname) && kill -TERM \$(cat pid.\$(hostname)))"
+  on_workers "{ $ask; while $(look_at_run)[ \$state = running ]; do sleep 1; done; } 2>/dev/null"
 }

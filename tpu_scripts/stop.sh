@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Has a run save and end, and a run.sh that looks after it too; the pod stays. Starting the same command again goes on.
+# Has a run save and end, waits until it has, and ends a run.sh that looks after it; the pod stays. Starting the same
+# command again goes on.
 #
 #     tpu_scripts/stop.sh --name=NAME --zone=ZONE --run=RUN
 

@@ -46,8 +46,9 @@ JOBSET = {
 def start(tmp_path):
     """`start(script, *arguments, **scenario)` runs a script with the fake gcloud first on the PATH."""
 
-    def start(script, *arguments, creates="ok", runs="done", **environment):
+    def start(script, *arguments, creates="ok", runs="done", fault="", failing="1", **environment):
         env = os.environ | {"FAKE": str(tmp_path), "FAKE_CREATES": creates, "FAKE_RUNS": runs, **environment}
+        env |= {"FAKE_FAULT": fault, "FAKE_FAILING": failing, "TMPDIR": str(tmp_path)}
         env["PATH"] = f"{HERE / 'bin'}{os.pathsep}{os.environ['PATH']}"
         command = ["bash", SCRIPTS / script, *arguments]
         return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -106,10 +107,65 @@ def test_a_run_is_looked_after_until_it_is_done(name, start):
     assert len(launches) == 1  # the very same command, so that the run goes on
 
 
+FAULTS = {
+    "no answer about the pod": ("queued-resources describe", "6", "done", BORN),
+    "no answer about the node": ("tpu-vm describe", "2", "done", BORN),
+    "no answer about the pod at first": ("queued-resources describe", "1", "done", BORN),
+    "a machine that cannot install": ("worker_setup.sh", "1", "done", ["create", "copy", "setup", *BORN[1:]]),
+    "a copy that is cut off": ("scp", "1", "done", ["create", "copy", *BORN[1:]]),
+    "a start that is cut off": ("worker.sh", "1", "done", [*BORN, *BORN[1:]]),
+    "a second start that is cut off": ("worker.sh", "2", "crash done", [*BORN, "logs", "stop", "launch", "launch"]),
+    "a request that gets lost": ("create", "1", "done", ["create", *BORN]),
+    "a pod that is being deleted": ("delete", "1", "gone done", [*BORN, "delete", *BORN]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_step_that_fails_once_is_taken_again(name, start):
+    fault, failing, runs, expected = FAULTS[name]
+    arguments = [*POD, *RUN, "--type=v3-256", "--every=0", "--failures=2"]
+    done = start("run.sh", *arguments, *COMMAND, runs=runs, fault=fault, failing=failing)
+    assert done.returncode == 0, done.stderr
+    assert "UNAVAILABLE: 503" in done.stderr and done.stderr.splitlines()[-1] == "pod: DONE"
+    assert [kind for kind in kinds(start.calls()) if kind] == [*expected, "delete"]
+
+
+def test_a_complete_run_does_not_get_another_pod_when_its_own_is_slow_to_go(start):
+    done = start("run.sh", *POD, *RUN, "--type=v3-256", "--every=0", *COMMAND, fault=" delete ")
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "pod: DONE"
+    assert [kind for kind in kinds(start.calls()) if kind] == [*BORN, "delete"]
+
+
+def test_an_outage_is_waited_for(start):
+    """--failures counts what fails although gcloud answers."""
+    arguments = [*POD, *RUN, "--type=v3-256", "--every=0", "--failures=2"]
+    done = start("run.sh", *arguments, *COMMAND, fault="compute", failing="13 14 15 16 17 18 19")
+    assert done.returncode == 0, done.stderr
+    assert "pod: cannot tell what ppo is: looking again" in done.stderr.splitlines()
+    assert [kind for kind in kinds(start.calls()) if kind] == [*BORN, "delete"]
+
+
+GIVEN_UP = {
+    "no login": ("describe", "ok", "gcloud cannot tell what ppo is, asked 2 times"),
+    "no way to install": ("worker_setup.sh", "ok", "cannot set up ppo, tried 2 times"),
+    "never given": ("", "failed", "ppo was asked for 2 times and not given"),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN_UP)
+def test_what_keeps_failing_ends_with_a_line_and_its_reason(name, start):
+    fault, creates, message = GIVEN_UP[name]
+    arguments = [*POD, *RUN, "--type=v3-256", "--every=0", "--failures=2"]
+    done = start("run.sh", *arguments, *COMMAND, creates=creates, fault=fault, failing="1 2")
+    assert done.returncode == 1
+    assert f"pod: error: {message}" in done.stderr.splitlines()[-1]
+    assert ("UNAVAILABLE: 503" if fault else "message: no capacity") in done.stderr
+
+
 ENDS = {
     "the quota": ("quota", "done", 4, "the quota does not allow a spot v3-256 in europe-west4-a", ["create"]),
     "the name": ("taken", "done", 3, "the name ppo is taken", ["create"]),
-    "another error": ("broken", "done", 1, "gcloud could not create ppo", ["create"]),
+    "another error": ("broken", "done", 1, "cannot create ppo, tried 2 times", ["create", "create"]),
     "a wrong flag": ("ok", "wrong", 2, "the command of tulu is wrong; ppo is left as it is", [*BORN, "logs"]),
     "a run that always fails": ("ok", "crash", 1, "tulu has failed 2 times; ppo is left as it is",
                                 [*BORN, "logs", "stop", "launch", "logs"]),
@@ -160,6 +216,7 @@ def test_it_can_be_interrupted_and_started_again(start):
         (["create.sh", "--name=ppo", "--type=v9-8"], "--type=v9-8: no image is known for it"),
         (["create.sh", "--name=ppo", "--type=v3-8", "--spot", "--reserved"], "expected one of --spot and --reserved"),
         (["launch.sh", "--name=ppo"], "what to run is missing"),
+        (["setup.sh", "--name=ppo", "--secrets=none"], "--secrets=none: there is no such file"),
         (["launch.sh", "--name=ppo", "--run=../x", "--", "true"], "--run=../x: expected letters"),
         (["launch.sh", "--name=ppo", "--bucket=s3://x", "--", "true"], "--bucket=s3://x: expected gs://BUCKET"),
         (["run.sh", "--name=ppo", "--type=v3-8", "--every=x", "--", "true"], "expected whole numbers"),
@@ -181,6 +238,49 @@ def test_a_wrong_flag_is_one_line_and_nothing_is_asked(arguments, message, start
     done = start(*arguments)
     assert done.returncode == 2 and start.calls() == []
     assert done.stderr.startswith("pod: error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_pod_that_gcloud_cannot_create_is_a_line(start):
+    done = start("create.sh", *POD, "--type=v3-256", creates="broken")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "pod: error: gcloud could not create ppo"
+
+
+def test_setups_at_one_time_ship_their_own_archives_and_leave_none(start, tmp_path):
+    (tmp_path / "pod").write_text("ok")
+    for _ in range(2):
+        assert start("setup.sh", *POD).returncode == 0
+    archives = [call.split()[4] for call in start.calls() if " scp " in call]
+    assert len(set(archives)) == 2
+    assert not any(Path(archive).parent.exists() for archive in archives)
+
+
+SECRET = "hf_0123456789abcdefg"
+
+
+def secrets_file(folder, text):
+    path = folder / "mine.env"
+    path.write_text(text)
+    return path
+
+
+def test_secrets_are_copied_for_the_user_alone_and_never_shown(start, tmp_path):
+    path = secrets_file(tmp_path, f"# mine\nHF_TOKEN={SECRET}\nexport WANDB_API_KEY='{SECRET} $x'\n")
+    arguments = [*POD, *RUN, "--type=v3-256", "--every=0", f"--secrets={path}"]
+    dry = start("run.sh", *arguments, "--dry_run", *COMMAND)
+    assert f"scp {path} ppo:easyrl.secrets" in dry.stdout
+    done = start("run.sh", *arguments, *COMMAND)
+    (mode,) = (tmp_path / "modes").read_text().split()
+    assert mode == "600" and "chmod 600 easyrl.secrets" in dry.stdout
+    assert SECRET not in dry.stdout + dry.stderr + done.stdout + done.stderr + "".join(start.calls())
+
+
+@pytest.mark.parametrize("line", [SECRET, f"HF_TOKEN = {SECRET}", f"HF_TOKEN={SECRET} x", f"HF_TOKEN=$({SECRET})"])
+def test_what_is_no_secret_is_refused_without_being_shown(line, start, tmp_path):
+    path = secrets_file(tmp_path, f"A=1\n{line}\n")
+    done = start("setup.sh", *POD, f"--secrets={path}")
+    assert done.returncode == 2 and start.calls() == []
+    assert f"--secrets={path}, line 2: expected NAME=VALUE" in done.stderr and SECRET not in done.stderr
 
 
 def test_costs_are_chip_hours_times_a_price(start):
@@ -207,6 +307,12 @@ def test_the_manifest_of_a_jobset(name, start):
     words = pod["containers"][0]["args"][2:]
     assert words[:5] == COMMAND[1:]  # quotes and all
     assert "--jax_distributed.initialize_jax_distributed=True" in words
+
+
+def test_a_jobset_takes_its_secrets_from_one_of_the_cluster(start):
+    done = start("gke_jobset.sh", *JOBSET["jobset_v6e"], "--secret=mine", *COMMAND)
+    pod = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "mine"}}]
 
 
 def manifest_script(start):
@@ -250,6 +356,7 @@ def work(folder, body, bucket=""):
         make_checkout(folder)
     put_programs(folder, curl="echo 0")
     env = os.environ | {"RUN": "x", "BUCKET": bucket, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    env["HOME"] = str(folder)
     command = ["bash", "tpu_scripts/worker.sh", "bash", "-c", body]
     subprocess.run(command, env=env, cwd=folder, stdin=subprocess.DEVNULL, timeout=30)
     (status,) = (folder / "runs" / "x").glob("status.*")
@@ -272,13 +379,66 @@ def test_a_run_that_was_stopped_once_is_not_taken_for_stopped_when_it_is_complet
     assert work(tmp_path, "echo complete") == "0"
 
 
-@pytest.mark.parametrize(("failing", "status", "copies"), [(0, "0", 2), (3, "0", 4), (9, "1", 5)])
+def test_a_machine_has_the_secrets_in_the_environment_of_its_run_and_not_in_its_folder(tmp_path):
+    (tmp_path / "easyrl.secrets").write_text("HF_TOKEN=hf_1=+/\nexport WANDB_API_KEY='a b'\n")
+    assert work(tmp_path, 'test "$HF_TOKEN $WANDB_API_KEY" = "hf_1=+/ a b"') == "0"
+    assert not any("hf_1" in path.read_text() for path in (tmp_path / "runs" / "x").iterdir())
+
+
+# A bucket that is a folder; the first copies from and to it fail, as many as the files say.
+BUCKET = """
+case "$2 $*" in
+  ls*) [ -e bucket/x ] || { echo 'ERROR: One or more URLs matched no objects.' >&2; exit 1; }; exit ;;
+  *'gs://mine/x runs/x') from=bucket/x to=runs/x ;;
+  *) from=runs/x to=bucket/x ;;
+esac
+echo "$to" >>copies
+[ $(grep -c "$to" copies) -gt "$(cat failing.${to%/x} 2>/dev/null || echo 0)" ] || exit 1
+mkdir -p $to; cp $from/* $to/
+"""
+# The minute copy comes after a second here, and no pause is longer.
+SLEEP = "[ $1 != 60 ] || exec /bin/sleep 1"
+
+
+@pytest.mark.parametrize(("failing", "status", "copies"), [(0, "0", 1), (3, "0", 4), (9, "1", 4)])
 def test_a_run_is_not_complete_before_it_is_in_the_bucket(failing, status, copies, tmp_path):
-    """One copy from the bucket and one to it, which is tried three times more."""
-    gcloud = f"echo >>copies; [ $(wc -l <copies) -gt {failing} ]"
-    put_programs(tmp_path, gcloud=gcloud, sleep="[ $1 != 60 ] || exec /bin/sleep 1")
+    """One copy to it, which is tried three times more."""
+    put_programs(tmp_path, gcloud=BUCKET, sleep=SLEEP)
+    (tmp_path / "failing.bucket").write_text(str(failing))
     assert work(tmp_path, "true", bucket="gs://mine") == status
-    assert len((tmp_path / "copies").read_text().splitlines()) == copies
+    assert (tmp_path / "copies").read_text().split() == ["bucket/x"] * copies
+
+
+@pytest.mark.parametrize(("failing", "status", "metrics"), [(0, "0", "old new"), (3, "0", "old new"), (9, "1", "old")])
+def test_what_is_in_the_bucket_comes_back_before_the_run_starts(failing, status, metrics, tmp_path):
+    """And is not written over where it does not."""
+    put_programs(tmp_path, gcloud=BUCKET, sleep=SLEEP)
+    (tmp_path / "failing.runs").write_text(str(failing))
+    (tmp_path / "bucket" / "x").mkdir(parents=True)
+    (tmp_path / "bucket" / "x" / "metrics.jsonl").write_text("old\n")
+    assert work(tmp_path, "echo new >>runs/x/metrics.jsonl; sleep 1.5", bucket="gs://mine") == status
+    assert (tmp_path / "bucket" / "x" / "metrics.jsonl").read_text().split() == metrics.split()
+    (log,) = (tmp_path / "runs" / "x").glob("log.*")
+    assert ("is not started without what is in gs://mine/x" in log.read_text()) == (status == "1")
+
+
+def test_a_bucket_that_cannot_be_looked_into_is_not_taken_for_an_empty_one(tmp_path):
+    put_programs(tmp_path, gcloud="echo 'HTTPError 503: try later' >&2; exit 1", sleep=SLEEP)
+    assert work(tmp_path, "touch started", bucket="gs://mine") == "1"
+    (log,) = (tmp_path / "runs" / "x").glob("log.*")
+    assert "cannot look into gs://mine/x: HTTPError 503: try later" in log.read_text()
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_machine_that_has_the_folder_does_not_take_an_older_one_from_the_bucket(tmp_path):
+    """As after a last copy that failed."""
+    put_programs(tmp_path, gcloud=BUCKET, sleep=SLEEP)
+    write = "echo line >>runs/x/metrics.jsonl"
+    assert work(tmp_path, write, bucket="gs://mine") == "0"
+    (tmp_path / "failing.bucket").write_text("5")
+    assert work(tmp_path, write, bucket="gs://mine") == "1"
+    assert work(tmp_path, write, bucket="gs://mine") == "0"
+    assert (tmp_path / "bucket" / "x" / "metrics.jsonl").read_text() == 3 * "line\n"
 
 
 @pytest.fixture
@@ -290,18 +450,16 @@ def machine(tmp_path):
     make_checkout(tmp_path / "easyrl")
     gcloud = 'for word; do case $word in --command=*) exec bash -c "${word#*=}" ;; esac; done'
     put_programs(tmp_path, curl="echo 0", gcloud=gcloud)
-    env = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    env = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
 
     def bash(*words):
-        return subprocess.run(
-            ["bash", *words], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=30
-        ).stdout
+        return subprocess.run(["bash", *words], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=30)
 
     def machine(script, *arguments):
         return bash(SCRIPTS / script, "--name=ppo", "--run=x", *arguments)
 
     look = f"source {SCRIPTS}/lib.sh; parse_flags --name=ppo --run=x; status_of_run"
-    machine.state = lambda: bash("-c", look).strip()
+    machine.state = lambda: bash("-c", look).stdout.strip()
     machine.folder = tmp_path / "easyrl" / "runs" / "x"
     return machine
 
@@ -330,8 +488,35 @@ def test_a_run_is_running_while_its_process_is_there(machine):
 
 def test_launch_returns_while_the_command_runs(machine):
     """Here, too, its output is a pipe, which ends when nobody can write to it any more."""
-    machine("launch.sh", "--", "sleep", "5")
+    assert machine("launch.sh", "--", "sleep", "5").returncode == 0
     assert machine.state() == "RUNNING"
+
+
+@pytest.mark.parametrize("missing", ["easyrl/.venv", "easyrl"])
+def test_launch_on_a_machine_that_is_not_set_up_fails_with_a_line(missing, machine, tmp_path):
+    shutil.rmtree(tmp_path / missing)
+    done = machine("launch.sh", "--", "true")
+    assert done.returncode == 1
+    assert done.stderr == f"{socket.gethostname()}: not set up: setup.sh does that\n"
+
+
+def test_a_run_is_not_started_beside_itself(machine):
+    machine("launch.sh", "--", "sleep", "5")
+    done = machine("launch.sh", "--", "touch", "beside")
+    assert done.returncode == 1 and done.stderr == f"{socket.gethostname()}: x is still running\n"
+    assert machine.state() == "RUNNING" and not (machine.folder.parents[1] / "beside").exists()
+
+
+def test_stop_returns_when_the_run_has_saved_so_that_the_same_command_goes_on(machine):
+    trap = "trap 'sleep 2; touch saved; echo SIGTERM: stopped after step 3, saved; exit' TERM"
+    machine("launch.sh", "--", "bash", "-c", f"{trap}; echo ready; sleep 9 & wait")
+    wait_until(lambda: "ready" in "".join(log.read_text() for log in machine.folder.glob("log.*")))
+    assert machine("stop.sh").returncode == 0
+    assert (machine.folder.parents[1] / "saved").exists() and machine.state() == "ENDED"
+    assert machine("launch.sh", "--", "sleep", "9").returncode == 0
+    assert machine.state() == "RUNNING"
+    machine("stop.sh")
+    assert machine.state() == "ENDED"
 
 
 @pytest.mark.parametrize(("by", "state"), [("stop.sh", "ENDED"), ("maintenance", "STOPPED")])
@@ -384,13 +569,16 @@ def test_the_state_of_a_run_is_that_of_its_machines_together(machines, state):
 
 def test_slurm_has_every_process_joined_and_a_stopped_run_queued_again(tmp_path):
     stopped = "SIGTERM: stopped after step 3, saved"
-    put_programs(tmp_path, srun=f'echo "$@"\necho "{stopped}"', scontrol='echo "$@" > asked')
-    env = os.environ | {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    srun = f'echo "$@"\necho "$SRUN_CPUS_PER_TASK cores"\necho "{stopped}"'
+    put_programs(tmp_path, srun=srun, scontrol='echo "$@" > asked')
+    env = os.environ | {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8"}
+    env |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     command = ["bash", SCRIPTS / "slurm.sbatch", "python", "-m", "easyrl.train_sft", "--seed=1"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0
     joined = "--jax_distributed.initialize_jax_distributed=True"
     assert done.stdout.splitlines()[0] == f"--kill-on-bad-exit=1 python -m easyrl.train_sft --seed=1 {joined}"
+    assert done.stdout.splitlines()[1] == "8 cores"
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
 
 
