@@ -89,8 +89,8 @@ def main(config: Config) -> None:
 
     # ------------------------------------------------------------ read, write
     params = load_weights(found, mesh, head=head, dtype=dtype)
-    tokens = random_tokens(found.cfg)
-    ours = our_outputs(params, found.cfg, head, tokens) if config.verify else None
+    tokens = random_tokens(found.cfg, special_ids(found, tokenizer))
+    ours = our_outputs(params, found.cfg, head, tokens, found.pad_id) if config.verify else None
     write = write_transformers if config.format == "hf" else write_checkpoint
     try:
         if place.exists() and any(place.iterdir()):
@@ -131,17 +131,25 @@ def find_tokenizer(config: Config, found: FoundModel) -> Tokenizer | None:
     return tokenizer
 
 
-def kept_texts(found: FoundModel) -> tuple[dict[str, Any], dict[str, Any]]:
+def special_ids(found: FoundModel, tokenizer: Tokenizer | None) -> set[int]:
+    """The ids that decide where a score is read, or would if they got into the wrong field of config.json."""
+    ids = (*found.stop_ids, found.pad_id, *(getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")))
+    return {token for token in ids if token is not None and token < found.cfg.vocab_size}
+
+
+def kept_texts(found: FoundModel, head: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields of config.json, generation_config.json) that go over as they are."""
+    # A classifier that names no pad token gets none from its tokenizer: scores would be read elsewhere.
+    fields = {} if head == "lm" else {"pad_token_id": None}
     if found.directory is None:
-        return {}, {}
+        return fields, {}
     raw, generation = read_json(found.directory / "config.json"), found.directory / "generation_config.json"
-    fields = {key: raw[key] for key in KEPT if raw.get(key) is not None}
+    fields |= {key: raw[key] for key in KEPT if raw.get(key) is not None}
     return fields, read_json(generation) if generation.exists() else {}
 
 
 def write_transformers(config: Config, found: FoundModel, head: str, params: dict, tokenizer: Tokenizer | None) -> None:
-    fields, generation = kept_texts(found)
+    fields, generation = kept_texts(found, head)
     source = parse_ref(config.load_checkpoint).target
     card = ModelCard(title=Path(config.output_dir).name, summary=f"Converted from {source}.", base_model=source)
     export_model(
@@ -152,7 +160,7 @@ def write_transformers(config: Config, found: FoundModel, head: str, params: dic
 
 def write_checkpoint(config: Config, found: FoundModel, head: str, params: dict, tokenizer: Tokenizer | None) -> None:
     """A checkpoints folder with one step, 0."""
-    fields, generation = kept_texts(found)
+    fields, generation = kept_texts(found, head)
     folder = epath.Path(config.output_dir) / "checkpoints"
     dtype = jax.tree.leaves(params)[0].dtype
     model = SavedModel(head, found.cfg, PLACE, tokenizer, generation, fields, dtype)
@@ -175,14 +183,16 @@ def verify(config: Config, mesh: Mesh, found: FoundModel, head: str, tokens: np.
     written = Path(config.output_dir) if config.format == "hf" else None
     against = "transformers"
     if written and has_torch():
-        theirs = transformers_outputs(written, head, tokens)
+        theirs = transformers_outputs(written, head, tokens, written=True)
     else:
         again = find_model(f"{config.format}::{config.output_dir}", head=head)
-        theirs = our_outputs(load_weights(again, mesh, head=head, dtype=stored_as(again)[1]), again.cfg, head, tokens)
+        params = load_weights(again, mesh, head=head, dtype=stored_as(again)[1])
+        theirs = our_outputs(params, again.cfg, head, tokens, again.pad_id)
         against = "what was written, read back"
         kept = (head, stored_as(again)[1]) == stored_as(found) and parse_ref(config.load_checkpoint).kind == "hf"
         if not written and found.directory and kept and has_torch():
-            ours, against = transformers_outputs(found.directory, head, tokens), f"transformers on {found.directory}"
+            ours = transformers_outputs(found.directory, head, tokens, written=False)
+            against = f"transformers on {found.directory}"
     largest, most = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
     found_text = f"largest difference {largest:.3g}, of outputs up to {most:.3g}, from {against}"
     if not largest <= config.tolerance * max(1.0, most):

@@ -22,7 +22,7 @@ from easyrl.core.command_line import run
 from easyrl.core.config import flag
 from easyrl.core.distributed import DistributedConfig, from_first, is_first, quiet
 from easyrl.core.dtypes import DTYPES
-from easyrl.core.errors import UserError
+from easyrl.core.errors import RunFailed, UserError
 from easyrl.core.files import check_writable, write_atomic
 from easyrl.core.sharding import make_mesh
 from easyrl.data.dataset import PackedDatasetConfig, load_dataset
@@ -134,7 +134,10 @@ def measure_accuracy(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def load_scorer(config: Config) -> tuple[Callable[[Sequence[np.ndarray]], np.ndarray], Template, int]:
-    """(token sequences -> a score for each, the reward model's chat template, the most tokens it reads)."""
+    """(token sequences -> a score for each, the reward model's chat template, the most tokens it reads).
+
+    Sequences 2i and 2i + 1 are the answers of pair i. Scoring raises RunFailed for a score that is not finite.
+    """
     mesh = make_mesh(config.mesh_dim)
     dtype = DTYPES[config.dtype]
     found = find_model(config.load_checkpoint_reward, head="reward", compute={"dtype": dtype}, flag=REWARD)
@@ -154,7 +157,15 @@ def load_scorer(config: Config) -> tuple[Callable[[Sequence[np.ndarray]], np.nda
 
     def score(sequences: Sequence[np.ndarray]) -> np.ndarray:
         starts = tqdm(range(0, len(sequences), config.batch_size), desc="scoring", disable=quiet())
-        return np.concatenate([scorer(sequences[start : start + config.batch_size]) for start in starts])
+        scores = np.concatenate([scorer(sequences[start : start + config.batch_size]) for start in starts])
+        wrong = np.flatnonzero(~np.isfinite(scores))
+        if len(wrong):
+            pair, answer = divmod(int(wrong[0]), 2)
+            raise RunFailed(
+                f"{REWARD}={config.load_checkpoint_reward}: {len(wrong)} of {len(scores)} scores are not finite, the "
+                f"first of them {scores[wrong[0]]}, of answer {answer + 1} of pair {pair + 1}"
+            )
+        return scores
 
     return score, template, max_length
 

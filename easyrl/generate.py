@@ -43,7 +43,7 @@ from easyrl.runtime.progress import SECONDS_BETWEEN_LINES, short
 from easyrl.sampling import best_of_n
 from easyrl.sampling.decode import DecodingConfig, SamplingConfig
 from easyrl.steps.rollout import join_samples
-from easyrl.steps.sampling import Sampler
+from easyrl.steps.sampling import Sampler, lay_out_for_decoding
 
 MOST_SAMPLES = 1024  # answers to a prompt: answer j to prompt i is number i * MOST_SAMPLES + j, whatever N is
 MOST_PROMPTS = 2**32 // MOST_SAMPLES
@@ -176,7 +176,7 @@ def main(config: Config) -> None:
     sources = found.load(mesh, dtype=dtype, batch_size=size * config.each) if found else []
     sample = Sampler(
         model.cfg, sampling, stop_ids=stop_ids, pad_id=pad_id(tokenizer), num_samples=config.each,
-        decode_rows=config.decode_rows, mesh=mesh,
+        decode_rows=config.decode_rows, unstacked=True, mesh=mesh,
     )  # fmt: skip
     key = jax.random.key(config.seed)
     answers: PartialFile | None = None  # process 0 has it
@@ -188,6 +188,7 @@ def main(config: Config) -> None:
         return answers.done
 
     left = items_left(prompts, from_first(answered))
+    params = lay_out_for_decoding(params, model.cfg, mesh)
 
     # ------------------------------------------------------------ batch after batch, the longest prompts first
     def answer(items: np.ndarray) -> list[list[Candidate]]:

@@ -40,7 +40,7 @@ DOES_NOT_FIT = 3  # the exit status
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Plan a run on devices that are not there: memory, FLOPs, traffic, collectives and the least time of a step.
+    """Plan a run on devices that are not there: memory, FLOPs, traffic, collectives and the time of a step.
 
     Flags that are not listed here are those of the script that is planned (--help of that script shows them).
     """
@@ -103,7 +103,7 @@ def main(request: Request) -> None:
         report = make_report(config.script, script, make_mesh(script.mesh_dim, devices), topology, config.fill)
     print(text(report), flush=True)
     if config.json:
-        with write_atomic(Path(config.json)) as path:
+        with write_atomic(Path(config.json).expanduser()) as path:
             path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     if not report.fits:
         raise SystemExit(DOES_NOT_FIT)

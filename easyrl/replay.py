@@ -36,11 +36,13 @@ from easyrl.runtime.recording import as_tree, load_recording
 from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
 from easyrl.steps.dpo import AnswerBatch, DPOConfig, make_dpo_step
 from easyrl.steps.kto import KTOBatch, make_kto_step
-from easyrl.steps.optimizer import make_optimizer, make_schedule
+from easyrl.steps.optimizer import make_optimizer
 from easyrl.steps.packed import place_plans
-from easyrl.steps.ppo import PPOConfig, PPOState, branch_specs, make_forward, make_update
+from easyrl.steps.ppo import abstract_ppo_state, make_ppo_schedules, make_update
+from easyrl.steps.ppo_config import PPOConfig
 from easyrl.steps.reward import RewardBatch, RewardLossConfig, make_reward_step
 from easyrl.steps.rollout import run_updates
+from easyrl.steps.scoring import make_forward
 from easyrl.steps.sft import SFTBatch, make_sft_step
 from easyrl.steps.state import abstract_train_state
 
@@ -101,21 +103,18 @@ def replay_ppo(config: Config, arrays: Mapping[str, np.ndarray], facts: dict[str
     batch = as_tree(PPOBatch, arrays)
     lengths = batch.prompt_lengths + batch.response_lengths
     start, bottom = find_bottom(config, values, ppo, settings, mesh)
-    models = [start or find(config.load_checkpoint, head, settings) for head in ("lm", "value")]
-    total, warmup = facts["total_updates"], facts["warmup_updates"]
-    policy_total = facts.get("policy_updates", total)  # earlier versions had one schedule
-    policy_optimizer, value_optimizer = optimizers = [
-        make_optimizer(settings.optimizer, make_schedule(settings.lr_schedule, lr, updates, warmup))
-        for lr, updates in ((values["lr"], policy_total), (values["value_lr"] or values["lr"], total))
-    ]
+    policy_cfg, value_cfg = ((start or find(config.load_checkpoint, head, settings)).cfg for head in ("lm", "value"))
+    total = facts["total_updates"]
+    schedules = make_ppo_schedules(
+        settings.lr_schedule, values["lr"], values["value_lr"],
+        policy_updates=facts.get("policy_updates", total),  # earlier versions had one schedule
+        value_updates=total, warmup_updates=facts["warmup_updates"],
+    )  # fmt: skip
+    policy_optimizer, value_optimizer = (make_optimizer(settings.optimizer, schedule) for schedule in schedules)
     dtype = DTYPES[settings.param_dtype]
-    policy, value = (
-        abstract_train_state(branch_specs(model.cfg, head, ppo), dtype, optimizer, mesh)
-        for model, head, optimizer in zip(models, ("lm", "value"), optimizers, strict=True)
-    )
-    kl_coef: Any = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
-    state = restore(PPOState(policy, value, kl_coef))
-    policy_cfg, value_cfg = (model.cfg for model in models)
+    state = restore(
+        abstract_ppo_state(policy_cfg, value_cfg, ppo, dtype, policy_optimizer, value_optimizer, mesh)
+    )  # fmt: skip
     rollout = put(batch.rollout, replicated(mesh))
     width, size = rollout.tokens.shape[1], values["mini_batch_size"]
     if bottom is not None:

@@ -34,13 +34,13 @@ from easyrl.data.prompts import PromptDataset
 from easyrl.data.templates import Template
 from easyrl.data.tokenizer import Tokenizer, check_vocabulary, pad_id
 from easyrl.hf.export import export_model, generation_settings
+from easyrl.hf.frozen import load_start
 from easyrl.hf.model_card import ModelCard
-from easyrl.hf.refs import FoundModel, find_model, load_weights, stop_ids_of
+from easyrl.hf.refs import FoundModel, check_length, find_model, load_weights, stop_ids_of
 from easyrl.hf.saved import SavedModel
 from easyrl.models.families import param_specs
 from easyrl.models.long_attention import sees_stems
 from easyrl.rewards.models import FoundSources, find_sources, named_sources
-from easyrl.rewards.online import EACH, OnlineConfig, OnlinePairs
 from easyrl.runtime.alarms import ChosenFalls, chosen_falls_hook
 from easyrl.runtime.offline import (
     OfflineConfig,
@@ -55,12 +55,13 @@ from easyrl.runtime.offline import (
     open_run,
 )
 from easyrl.runtime.offline_run import Method, train
+from easyrl.runtime.online import EACH, OnlineConfig, OnlinePairs
+from easyrl.runtime.reference import ReferenceModel, answers_of, make_reference
 from easyrl.runtime.resume import continue_named
 from easyrl.runtime.run_config import find_shapes
 from easyrl.steps.dpo import KTO, AnswerBatch, DPOConfig, make_dpo_eval, make_dpo_step, with_total_loss
 from easyrl.steps.kto import KTOBatch, make_kto_eval, make_kto_step, with_margins
 from easyrl.steps.optimizer import make_optimizer
-from easyrl.steps.reference import ReferenceModel, answers_of, make_reference
 from easyrl.steps.sampling import Sampler
 from easyrl.steps.state import abstract_train_state, create_train_state
 
@@ -84,6 +85,7 @@ class Config(DPOConfig, OnlineConfig, OfflineConfig):
     def __post_init__(self) -> None:
         DPOConfig.__post_init__(self)
         OnlineConfig.__post_init__(self)
+        OfflineConfig.__post_init__(self)
         if self.load_checkpoint_reference and not self.reads_reference:
             found = f"--load_checkpoint_reference={self.load_checkpoint_reference}"
             raise UserError(f"{found}: --loss={self.loss} needs no reference")
@@ -148,9 +150,11 @@ def main(config: Config) -> None:
         params = load_weights(start, mesh, head="lm", dtype=dtype, seed=config.seed, trained=True)
     reference = None
     if config.reads_reference:
-        frozen = params
-        if not itself:
-            frozen = load_weights(found_reference, mesh, head="lm", dtype=DTYPES[config.dtype], seed=config.seed)
+        frozen, computed = params, DTYPES[config.dtype]
+        if config.load_checkpoint_reference:
+            frozen = load_weights(found_reference, mesh, head="lm", dtype=computed, seed=config.seed)
+        elif not itself:
+            frozen = load_start(start, mesh, dtype=computed, param_dtype=dtype, seed=config.seed)
         reference = make_reference(found_reference.cfg, frozen, mesh)
         del frozen
 
@@ -220,7 +224,8 @@ def main(config: Config) -> None:
     method: Method[Any]
     if pairs is not None:
         method = Method(
-            name=config.method, place=pairs.place, update=pairs.step(update), loss_of=pairs.loss_of,
+            name=config.method, place=pairs.place, update=pairs.step(update),
+            loss_of=None,  # the pairs of a bad step would be judged anew: no sample by itself can be shown to be bad
             measure=pairs.measure, export=export, model=model,
             bar={"reward": "env/reward_mean", "KL": "objective/kl", "loss": "loss", "eval": "eval/reward_mean"},
             best_by="reward_mean", memories={"online": pairs}, faults=pairs.faults, samples=pairs.samples,
@@ -315,11 +320,7 @@ def find_reference(config: Config, start: FoundModel, tokenizer: Tokenizer) -> F
     compute = {"dtype": DTYPES[config.dtype], "attention": config.attention}
     found = find_model(config.load_checkpoint_reference, compute=compute, flag=name)
     flags, longest = config.longest
-    if found.cfg.max_positions < longest:
-        raise UserError(
-            f"{name}={config.load_checkpoint_reference}: reads up to {found.cfg.max_positions} tokens, "
-            f"{flags} is {longest}"
-        )
+    check_length(found, f"{name}={config.load_checkpoint_reference}", longest, flags)
     check_vocabulary(tokenizer, found.cfg.vocab_size, f"{name}={config.load_checkpoint_reference}")
     return found
 

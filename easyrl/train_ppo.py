@@ -17,28 +17,28 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from easyrl import assets
 from easyrl.core.ahead import Call
 from easyrl.core.command_line import run
 from easyrl.core.config import flag, to_dict
-from easyrl.core.distributed import is_first, say
+from easyrl.core.distributed import say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
 from easyrl.core.sharding import check_batch, fetch, make_mesh, num_data_shards, put, replicated
 from easyrl.data.dataset import DatasetConfig, HeldOutConfig
 from easyrl.data.packing import pack
 from easyrl.data.prompts import PromptBatch, PromptDataset
-from easyrl.data.templates import load_template
-from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id
+from easyrl.data.tokenizer import pad_id
 from easyrl.hf.export import check_replaceable, export_model, generation_settings
-from easyrl.hf.frozen import check_shared, load_frozen
+from easyrl.hf.frozen import load_frozen
 from easyrl.hf.model_card import ModelCard
-from easyrl.hf.refs import FoundModel, find_model, load_weights, stop_ids_of
+from easyrl.hf.refs import FoundModel, load_weights
 from easyrl.hf.saved import LOWEST, SavedModel
 from easyrl.models.branch import join, trained_layers
 from easyrl.rewards.held_out import score_held_out
-from easyrl.rewards.models import find_sources, named_sources, value_start
+from easyrl.rewards.models import named_sources
 from easyrl.rewards.responses import response_batch, sample_rows
 from easyrl.rewards.score import Scored, score_responses
 from easyrl.rewards.shaping import Moments, RewardConfig
@@ -46,31 +46,23 @@ from easyrl.rewards.sources import ResponseBatch
 from easyrl.runtime.checkpoint import open_checkpoints
 from easyrl.runtime.flight import FlightRecorder
 from easyrl.runtime.guard import check_weights
-from easyrl.runtime.interrupt import stopping_at_signals
-from easyrl.runtime.loop import Hook, StepInfo, run_loop
 from easyrl.runtime.metrics import PhaseTimer
 from easyrl.runtime.ppo_card import ppo_card, value_card
-from easyrl.runtime.progress import compile_programs, progress_hook, warn
-from easyrl.runtime.report import write_report
-from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
+from easyrl.runtime.ppo_start import find_ppo_start
+from easyrl.runtime.progress import compile_programs, warn
+from easyrl.runtime.run_config import RunConfig, find_shapes
 from easyrl.runtime.run_dir import make_run_dir
-from easyrl.runtime.trackers import start_trackers, tracker_hooks
+from easyrl.runtime.training import Export, Training, run_training
 from easyrl.runtime.troubles import Troubles
 from easyrl.sampling.decode import DecodingConfig, SamplingConfig
-from easyrl.steps.optimizer import make_optimizer, make_schedule
+from easyrl.steps.optimizer import make_optimizer, updates_in
 from easyrl.steps.packed import place_plans
-from easyrl.steps.ppo import (
-    PPOConfig,
-    PPOState,
-    abstract_passes,
-    branch_specs,
-    make_finish,
-    make_forward,
-    make_update,
-)
+from easyrl.steps.ppo import PPOState, abstract_ppo_state, branch_specs, make_ppo_schedules, make_update
+from easyrl.steps.ppo_config import PPOConfig
 from easyrl.steps.rollout import SampledBatch, calls_ahead, join_samples, run_updates, self_check
 from easyrl.steps.sampling import Sampler
-from easyrl.steps.state import abstract_train_state, create_train_state
+from easyrl.steps.scoring import abstract_passes, make_finish, make_forward
+from easyrl.steps.state import TrainState, create_train_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,41 +172,9 @@ def main(config: Config) -> None:
         find_shapes(config, mesh, max_length, sequences=sequences)
         for sequences in (config.num_responses, config.mini_batch_size)
     )
-
-    def find(ref: str, name: str) -> FoundModel:
-        head = "value" if name == "value" else "lm"
-        name = f"--load_checkpoint_{name}"
-        found = find_model(ref, head=head, compute=compute_settings(config), flag=name)
-        if found.cfg.max_positions < max_length:
-            raise UserError(
-                f"{name}={ref}: reads up to {found.cfg.max_positions} tokens, --train_dataset.seq_length + "
-                f"--max_continuation_len is {max_length}"
-            )
-        return found
-
-    policy = find(config.load_checkpoint_policy, "policy")
-    tokenizer = load_tokenizer(config.tokenizer or str(policy.directory or ""))
-    check_vocabulary(tokenizer, policy.cfg.vocab_size)
-    template = load_template(config.template, tokenizer)
-    tokenizer.chat_template = template.jinja  # the export carries the format the policy was trained with
-    stop_ids = stop_ids_of(policy, template, config.stop_ids)
-    reference_ref = config.load_checkpoint_reference or config.load_checkpoint_policy
-    reference = find(reference_ref, "reference" if config.load_checkpoint_reference else "policy")
-    if reference.cfg.vocab_size != policy.cfg.vocab_size:
-        raise UserError(
-            f"--load_checkpoint_reference={reference_ref}: has a vocabulary of {reference.cfg.vocab_size}, "
-            f"the policy one of {policy.cfg.vocab_size}"
-        )
-    found_sources = find_sources(config, template, dtype=dtype, max_length=max_length)
-    weights = found_sources.weights
-    shared = trained_layers(policy.cfg.num_layers, config.num_layers_unfrozen).start > 0
-    value_ref = value_start(
-        config.load_checkpoint_value, config.load_checkpoint_policy, config.load_checkpoint_reward,
-        found_sources.models, shared=shared,
-    )  # fmt: skip
-    value = find(value_ref, "value")
-    check_vocabulary(tokenizer, value.cfg.vocab_size, "--load_checkpoint_value")
-    check_shared(policy, [reference, value], config.num_layers_unfrozen)
+    begin = find_ppo_start(config, max_length)
+    policy, reference, value = begin.policy, begin.reference, begin.value
+    tokenizer, template, stop_ids = begin.tokenizer, begin.template, begin.stop_ids
 
     prompts = PromptDataset(config.train_dataset, template, config.seed)
     say(prompts.dataset.summary())
@@ -222,56 +182,53 @@ def main(config: Config) -> None:
     if config.eval_dataset.path:
         like_train = config.eval_dataset.like(config.train_dataset)
         held_out = PromptDataset(like_train, template, config.seed, name="eval_dataset", keep_last=True)
-        found_sources.check(held_out.columns)
-    found_sources.check(prompts.columns)
+    for data in (prompts, held_out) if held_out else (prompts,):
+        begin.sources.check(data.columns)
 
     run_dir = make_run_dir(config.output_dir, "train_ppo", config.checkpoint_dir)
-    for folder in (run_dir.hf, run_dir.path / "hf_value"):
+    value_dir = run_dir.path / "hf_value"
+    for folder in (run_dir.hf, value_dir):
         check_replaceable(folder)
-    never_trained = [reference, *(model.found for model in found_sources.models), *([policy] if shared else [])]
-    checkpoints = open_checkpoints(config, run_dir, "train_ppo", prompts.dataset.fingerprint, never_trained)
+    checkpoints = open_checkpoints(config, run_dir, "train_ppo", prompts.dataset.fingerprint, begin.never_trained)
 
     # ------------------------------------------------------------ frozen weights
-    unfrozen = config.num_layers_unfrozen
-    frozen = load_frozen(policy, reference, value, unfrozen, mesh, dtype=dtype, seed=config.seed)
-    sources = found_sources.load(mesh, dtype=dtype, batch_size=config.num_responses, rows=config.micro_batch_size)
+    unfrozen, weights = config.num_layers_unfrozen, begin.sources.weights
+    frozen = load_frozen(
+        policy, reference, value, unfrozen, mesh, dtype=dtype, param_dtype=param_dtype, seed=config.seed
+    )
+    sources = begin.sources.load(mesh, dtype=dtype, batch_size=config.num_responses, rows=config.micro_batch_size)
 
     # ------------------------------------------------------------ schedule, state
     steps_per_epoch = min(prompts.steps_per_epoch, config.max_steps_per_epoch or prompts.steps_per_epoch)
     total_steps = config.num_epochs * steps_per_epoch
     updates_per_step = config.ppo_epochs * config.num_responses // config.mini_batch_size
-    warmup_updates = math.ceil(config.warmup_epochs * steps_per_epoch * updates_per_step)
-    frozen_steps = math.ceil(config.policy_freeze_epochs * steps_per_epoch)
+    warmup_updates = updates_in(config.warmup_epochs, steps_per_epoch * updates_per_step)
+    frozen_steps = updates_in(config.policy_freeze_epochs, steps_per_epoch)
 
-    # Each counts the updates of its own model.
     value_updates = total_steps * updates_per_step
     policy_updates = max(total_steps - frozen_steps, 0) * updates_per_step
-    policy_lr, value_lr = (
-        make_schedule(config.lr_schedule, lr, updates, warmup_updates)
-        for lr, updates in ((config.lr, policy_updates), (config.value_lr or config.lr, value_updates))
-    )
-    policy_optimizer = make_optimizer(config.optimizer, policy_lr)
-    value_optimizer = make_optimizer(config.optimizer, value_lr)
-    policy_specs, value_specs = branch_specs(policy.cfg, "lm", config), branch_specs(value.cfg, "value", config)
-
-    def load_trained(found: FoundModel, head: str, new_head: str | None = None) -> dict:
-        layers = trained_layers(found.cfg.num_layers, unfrozen)
-        return load_weights(
-            found, mesh, head=head, dtype=param_dtype, seed=config.seed, new_head=new_head, layers=layers, trained=True
-        )
+    policy_lr, value_lr = make_ppo_schedules(
+        config.lr_schedule, config.lr, config.value_lr,
+        policy_updates=policy_updates, value_updates=value_updates, warmup_updates=warmup_updates,
+    )  # fmt: skip
+    policy_optimizer, value_optimizer = (make_optimizer(config.optimizer, lr) for lr in (policy_lr, value_lr))
 
     def first_state() -> PPOState:
-        params, value_params = load_trained(policy, "lm"), load_trained(value, "value", "zeros")
+        def create(found: FoundModel, head: str, optimizer: optax.GradientTransformation) -> TrainState:
+            params = load_weights(
+                found, mesh, head=head, dtype=param_dtype, seed=config.seed, new_head="zeros" if head != "lm" else None,
+                layers=trained_layers(found.cfg.num_layers, unfrozen), trained=True,
+            )  # fmt: skip
+            return create_train_state(params, branch_specs(found.cfg, head, config), optimizer, mesh)
+
         return PPOState(
-            create_train_state(params, policy_specs, policy_optimizer, mesh),
-            create_train_state(value_params, value_specs, value_optimizer, mesh),
+            create(policy, "lm", policy_optimizer),
+            create(value, "value", value_optimizer),
             put(np.float32(config.kl_coef), whole),
         )
 
-    abstract_state = PPOState(
-        abstract_train_state(policy_specs, param_dtype, policy_optimizer, mesh),
-        abstract_train_state(value_specs, param_dtype, value_optimizer, mesh),
-        jax.ShapeDtypeStruct((), np.float32, sharding=whole),  # type: ignore[arg-type]  # abstract
+    abstract_state = abstract_ppo_state(
+        policy.cfg, value.cfg, config, param_dtype, policy_optimizer, value_optimizer, mesh
     )
     state = checkpoints.restore(abstract_state, first_state)
 
@@ -315,7 +272,7 @@ def main(config: Config) -> None:
         compile_programs(expected())
 
     # ------------------------------------------------------------ one step
-    moments, checked = Moments(), False
+    moments, checked, samples = Moments(), False, list[dict[str, Any]]()
     facts = {"policy_updates": policy_updates, "total_updates": value_updates, "warmup_updates": warmup_updates}
     recorder = FlightRecorder(run_dir.path / "rollouts", config.record_rollouts, facts | {"config": to_dict(config)})
 
@@ -347,7 +304,7 @@ def main(config: Config) -> None:
         if not checked and scored.keep.any() and bool(fetch(rollout.finite)):  # of another nothing is learnt
             unpacked = pack(sampled.lengths, max_length, shapes, packed=False)
             again = forward(*models, tokens, mask, place_plans(unpacked, len(tokens), mesh), sampler=None)
-            same_start = step == 0 and reference_ref == config.load_checkpoint_policy
+            same_start = step == 0 and begin.same_start
             self_check(sampled, rollout, passes, again, same_start=same_start, dtype=dtype, stop_ids=stop_ids)
             checked = True
 
@@ -364,7 +321,7 @@ def main(config: Config) -> None:
                 shapes=update_shapes, mesh=mesh,
             )  # fmt: skip
 
-        log_samples(step + 1, "train", responses, scored, config.logged_samples)
+        samples.extend(sample_rows("train", responses, scored, config.logged_samples))
         metrics = {**scored.metrics, **rollout_metrics, **update_metrics, **timer.metrics()}
         metrics["tokens/ended_share"] = float(sampled.ended.mean())
         metrics["tokens/padding_share"] = packing.padding_share()
@@ -386,90 +343,52 @@ def main(config: Config) -> None:
             return sampled, responses, score_responses(responses, sources, weights, config, moments.value)[0]
 
         metrics, responses, scored = score_held_out(held_out, config.train_dataset.batch_size, score)
-        log_samples(step, "eval", responses, scored, 4 * config.logged_samples)
+        samples.extend(sample_rows("eval", responses, scored, 4 * config.logged_samples))
         return metrics
 
-    # ------------------------------------------------------------ the loop
-    run_dir.begin(config, start=checkpoints.made_here)
-    troubles, start = Troubles(), checkpoints.start
-    trackers = start_trackers(config.logger, run_dir, config, start=checkpoints.made_here, troubles=troubles)
-
-    def log_samples(step: int, phase: str, responses: ResponseBatch, scored: Scored, count: int) -> None:
-        for tracker in trackers:
-            tracker.log_samples(step, sample_rows(phase, responses, scored, count))
-
+    # ------------------------------------------------------------ the exports
     generation = generation_settings(config.sampling, stop_ids, tokenizer)
 
-    def card(info: StepInfo) -> ModelCard:
-        return ppo_card(config, info.metrics, template, named_sources(config))
-
-    def export(info: StepInfo, folder: Path) -> None:
-        check_weights(folder, info.state.policy.params)
+    def export(folder: Path, state: PPOState, metrics: dict[str, float]) -> None:
+        check_weights(folder, state.policy.params)
         export_model(
-            folder, policy.cfg, join(frozen.bottom, info.state.policy.params), "lm", dtype=param_dtype,
-            tokenizer=tokenizer, generation_config=generation, model_card=card(info),
+            folder, policy.cfg, join(frozen.bottom, state.policy.params), "lm", dtype=param_dtype,
+            tokenizer=tokenizer, generation_config=generation, model_card=card(metrics),
         )  # fmt: skip
 
-    def export_step(info: StepInfo) -> None:
-        export(info, run_dir.path / f"hf-{info.step}")
+    def export_value(folder: Path, state: PPOState, metrics: dict[str, float]) -> None:
+        check_weights(folder, state.value.params)
+        export_model(
+            folder, value.cfg, join(frozen.bottom, state.value.params), "value", dtype=param_dtype,
+            tokenizer=tokenizer, model_card=value_card(card(metrics), begin.value_ref),
+        )  # fmt: skip
 
-    def finish_run(info: StepInfo) -> None:
-        with troubles.attempt("the export", "which starting it again would write"):
-            export(info, run_dir.hf)
-            check_weights(run_dir.path / "hf_value", info.state.value.params)
-            export_model(
-                run_dir.path / "hf_value", value.cfg, join(frozen.bottom, info.state.value.params), "value",
-                tokenizer=tokenizer, model_card=value_card(card(info), value_ref), dtype=param_dtype,
-            )  # fmt: skip
-        if is_first():
-            with troubles.attempt("the report", "without it"):
-                write_report(run_dir, "PPO")
+    def card(metrics: dict[str, float]) -> ModelCard:
+        return ppo_card(config, metrics, template, named_sources(config))
 
-    guard = recorder.guard(config.max_bad_steps)
-    held = {LOWEST: lowest} if (lowest := trained_layers(policy.cfg.num_layers, unfrozen).start) else {}
-    saving = checkpoints.hook(
-        {"moments": moments, "guard": guard},
-        [
-            SavedModel("lm", policy.cfg, "policy/params", tokenizer, generation, held, param_dtype),
-            SavedModel("value", value.cfg, "value/params", tokenizer, fields=held, dtype=param_dtype),
-        ],
-        troubles, total=total_steps, best_by="eval/reward_mean",
-    )  # fmt: skip
-    start_metrics = evaluate(state, 0) if start == 0 else {}
-    for tracker in trackers if start_metrics else ():
-        tracker.log(0, start_metrics)
-
+    # ------------------------------------------------------------ the loop
     def batches() -> Iterator[tuple[int, PromptBatch]]:
-        for step in range(start, total_steps):
+        for step in range(checkpoints.start, total_steps):
             epoch, step_of_epoch = divmod(step, steps_per_epoch)
             yield step, prompts.batch(epoch * prompts.steps_per_epoch + step_of_epoch)
 
-    bar = {
-        "reward": "env/reward_mean", "KL": "objective/kl", "length": "tokens/responses_len_mean",
-        "tok/s": "tokens_per_second",
-    }  # fmt: skip
-    with stopping_at_signals(checkpoints.request_stop):
-        run_loop(
-            state,
-            batches(),
-            ppo_step,
-            start=start,
-            total=total_steps,
-            hooks=[
-                progress_hook(total_steps, bar, start=start),
-                *tracker_hooks(trackers, config.log_freq, total_steps, troubles),
-                troubles.tolerate(recorder.hook(), "rollouts"),
-                guard.hook(),
-                troubles.tolerate(Hook(export_step, every=config.export_freq, needs_state=True), "hf-STEP"),
-                saving,
-                Hook(on_end=finish_run, close=run_dir.close),
-            ],
-            evaluate=evaluate,
-            metrics=checkpoints.metrics,
-        )
-    guard.check()
-    checkpoints.check_end(troubles)
-    say(f"policy: {run_dir.hf}   value model: {run_dir.path / 'hf_value'}   report: {run_dir.report}")
+    troubles = Troubles()
+    held = {LOWEST: len(begin.shared)} if begin.shared else {}
+    training = Training[PPOState](
+        name="PPO", batches=batches(), step=ppo_step, evaluate=evaluate,
+        exports=[Export("policy", run_dir.hf, export), Export("value model", value_dir, export_value)],
+        models=[
+            SavedModel("lm", policy.cfg, "policy/params", tokenizer, generation, held, param_dtype),
+            SavedModel("value", value.cfg, "value/params", tokenizer, fields=held, dtype=param_dtype),
+        ],
+        bar={
+            "reward": "env/reward_mean", "KL": "objective/kl", "length": "tokens/responses_len_mean",
+            "tok/s": "tokens_per_second",
+        },
+        best_by="eval/reward_mean", guard=recorder.guard(config.max_bad_steps), memories={"moments": moments},
+        hooks=[troubles.tolerate(recorder.hook(), "rollouts")], samples=samples,
+    )  # fmt: skip
+    run_training(config, run_dir, checkpoints, troubles, state, training, total_steps)
 
 
 if __name__ == "__main__":

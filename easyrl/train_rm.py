@@ -54,6 +54,10 @@ class Config(RewardLossConfig, OfflineConfig):
     lr: float = flag(1e-5, "Peak learning rate.", least=0, below=math.inf)
     subset_column: str = flag("subset", "Column of the held-out data that names subsets to report accuracy for.")
 
+    def __post_init__(self) -> None:
+        RewardLossConfig.__post_init__(self)
+        OfflineConfig.__post_init__(self)
+
 
 def main(config: Config) -> None:
     config = continue_named(config, SCRIPT)

@@ -7,9 +7,10 @@ decoding, queries against a cache; for splash also ALiBi, and windows in some la
 
 import jax.numpy as jnp
 
-from easyrl.models import long_attention, trunk
+from easyrl.models import long_attention
 
 BLOCK = 4  # queries
+CHOOSE, ATTEND_BY_SPLASH = long_attention.choose, long_attention.attend_by_splash
 
 
 def use(way: str) -> None:
@@ -19,14 +20,14 @@ def use(way: str) -> None:
         long_attention.LONG = 0
         return
     long_attention.sees_stems = lambda attention, device: False
-    trunk.choose = choose_splash
-    trunk.attend_by_splash = attend_padded
+    long_attention.choose = choose_splash
+    long_attention.attend_by_splash = attend_padded
 
 
 def choose_splash(attention, device, *, queries, keys, biased, mixed, **others):
     if attention == "auto" and queries == keys > 1 and not (biased or mixed):
         return "splash"
-    return long_attention.choose(attention, device, queries=queries, keys=keys, biased=biased, mixed=mixed, **others)
+    return CHOOSE(attention, device, queries=queries, keys=keys, biased=biased, mixed=mixed, **others)
 
 
 def attend_padded(q_BTNH, k_BKTH, v_BKTH, segments_BT, **options):
@@ -37,4 +38,4 @@ def attend_padded(q_BTNH, k_BKTH, v_BKTH, segments_BT, **options):
         return jnp.pad(x, [(0, -T % long_attention.LANES if a == axis else 0) for a in range(x.ndim)])
 
     padded = pad(q_BTNH, 1), pad(k_BKTH, 2), pad(v_BKTH, 2), pad(segments_BT, 1)
-    return long_attention.attend_by_splash(*padded, **options)[:, :T]
+    return ATTEND_BY_SPLASH(*padded, **options)[:, :T]

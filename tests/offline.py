@@ -13,7 +13,7 @@ import pytest
 
 from easyrl.core.command_line import load_config
 from easyrl.core.sharding import make_mesh
-from easyrl.runtime import offline_run
+from easyrl.runtime import training
 from easyrl.runtime.jsonl import read_jsonl
 from easyrl.runtime.loop import run_loop
 from tests.source import REPO
@@ -55,7 +55,7 @@ def run_script(script: ModuleType, flags: dict, num_devices: int = 1, dies_befor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:num_devices]))
         if dies_before:
-            patch.setattr(offline_run, "run_loop", dying_loop(dies_before))
+            patch.setattr(training, "run_loop", dying_loop(dies_before))
         with contextlib.suppress(Died):
             script.main(load_config(script.Config, argv))
 

@@ -15,6 +15,7 @@ from easyrl.data.tokenizer import load_tokenizer
 from easyrl.hf.export import export_model
 from easyrl.hf.refs import load_model
 from easyrl.hf.safetensors_io import WEIGHTS
+from easyrl.hf.verify import has_torch
 from tests.hf.test_easylm import easylm_params, write_stream
 from tests.offline import run_script
 from tests.tiny import draw_params, tiny_bloom, tiny_config, tiny_gpt2
@@ -29,15 +30,16 @@ DIFFERENCE = "verified: largest difference "
 def model(tmp_path):
     """`model(family, head)`: a folder to convert, its parameters in float32 unless told otherwise."""
 
-    def write(family="llama", head="lm", dtype=None, **changes):
+    def write(family="llama", head="lm", dtype=None, pad_id=5, **changes):
         cfg = CONFIGS[family](**{**SMALL, **changes})
         tokenizer = make_tokenizer()
+        tokenizer.pad_token = tokenizer.eos_token
         tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
         generation = {"temperature": "0.5", "top_k": None, "eos_token_id": [0, 3], "transformers_version": "4.40.0"}
         return export_model(
             tmp_path / "source", cfg, draw_params(cfg, head, 0.2), head,
             tokenizer=tokenizer, dtype=dtype, generation_config=generation if head == "lm" else None,
-            config_fields={"pad_token_id": 5, "reward_std": 2.5} if head == "reward" else None,
+            config_fields={"pad_token_id": pad_id, "reward_std": 2.5} if head == "reward" else None,
         )  # fmt: skip
 
     return write
@@ -109,6 +111,30 @@ def test_a_reward_model_becomes_a_value_model(model, tmp_path):
     ]
 
 
+def pad_of(folder):
+    return json.loads((folder / "config.json").read_text())["pad_token_id"]
+
+
+def test_a_reward_model_gets_no_pad_token_from_its_tokenizer(model, tmp_path):
+    """It would read the score of a text that ends there before the end."""
+    source = model(head="reward", pad_id=None, num_layers=2)
+    run(f"hf::{source}", tmp_path / "hf", verify=True)
+    run(f"hf::{source}", tmp_path / "run", format="easyrl")
+    run(f"easyrl::{tmp_path / 'run'}", tmp_path / "back")
+    write_stream(tmp_path / "streaming_params", easylm_params(source))
+    run(f"params::{tmp_path / 'streaming_params'}@{source}", tmp_path / "from_easylm", tokenizer=source)
+    folders = [tmp_path / "hf", tmp_path / "run" / "checkpoints" / "models" / "reward"]
+    for folder in (*folders, tmp_path / "back", tmp_path / "from_easylm"):
+        assert pad_of(folder) is None and load_tokenizer(str(folder)).pad_token_id == 0
+
+
+@pytest.mark.parametrize("format", ["hf", "easyrl"])
+def test_a_pad_token_near_the_end_of_the_vocabulary(model, tmp_path, capsys, format):
+    """As in a vocabulary of 32,002 with two tokens added for ChatML and a pad token before them."""
+    run(f"hf::{model(head='reward', pad_id=102)}", tmp_path / "out", format=format, verify=True)
+    assert DIFFERENCE in capsys.readouterr().out
+
+
 def test_an_easylm_file(model, tmp_path, capsys):
     source = model(num_layers=2)
     write_stream(tmp_path / "streaming_params", easylm_params(source))
@@ -128,6 +154,36 @@ def test_a_checkpoint_of_another_format_or_head_is_verified(model, tmp_path, cap
     """The folder it came from computes something else."""
     run(f"hf::{model(head=head)}", tmp_path / "run", format="easyrl", verify=True, **flags)
     assert f"{DIFFERENCE}0," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "more"),
+    [
+        ("gpt2", "lm", {"transformer.h.0.attn.masked_bias": np.array(-1e4, np.float32)}),
+        ("llama", "reward", {"lm_head.weight": np.ones((104, 16), np.float32), "score.bias": np.zeros(1, np.float32)}),
+    ],
+)
+def test_what_nobody_reads_in_the_source_is_no_failure(model, tmp_path, capsys, family, head, more):
+    source = model(family, head)
+    save_file(load_file(source / WEIGHTS) | more, source / WEIGHTS, metadata={"format": "pt"})
+    run(f"hf::{source}", tmp_path / "run", format="easyrl", verify=True)
+    assert DIFFERENCE in capsys.readouterr().out
+
+
+def test_verify_sees_a_pad_token(model, tmp_path, monkeypatch):
+    """Of what was written: the tokenizer's is in config.json."""
+    source, write = model(head="reward"), convert.write_transformers
+
+    def write_wrong(*arguments):
+        write(*arguments)
+        path = tmp_path / "out" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 0}))
+
+    monkeypatch.setattr(convert, "write_transformers", write_wrong)
+    for torch in (True, False):
+        monkeypatch.setattr(convert, "has_torch", lambda torch=torch: torch and has_torch())
+        with pytest.raises(RunFailed, match=r"--verify: largest difference .* expected at most 0\.0001"):
+            run(f"hf::{source}", tmp_path / "out", verify=True)
 
 
 def test_verify_sees_a_change(model, tmp_path, monkeypatch):

@@ -14,8 +14,9 @@ from tests.source import REPO, modules
 MODULES = (
     "easyrl.train_ppo",
     "easyrl.steps.ppo",
+    "easyrl.steps.scoring",
     "easyrl.rewards.held_out",
-    "easyrl.rewards.online",
+    "easyrl.runtime.online",
     "easyrl.rewards.score",
     "easyrl.rewards.sources",
     "easyrl.runtime.loop",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from easyrl import evaluate
-from easyrl.core.errors import UserError
+from easyrl.core.errors import RunFailed, UserError
 from easyrl.core.sharding import make_mesh
 from easyrl.data.templates import load_template
 from easyrl.hf.refs import load_model
@@ -121,6 +121,20 @@ def test_equal_answers_tie(flags, monkeypatch, capsys):
         row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["categories"] if row["category"] == "all"
     ]
     assert (row["wins"], row["ties"], row["losses"], row["win_rate"]) == (0, len(OURS), 0, 0.5)
+
+
+@pytest.mark.parametrize("use", ["model", "pairs"])
+def test_a_score_that_is_not_finite_is_no_result(flags, tmp_path, monkeypatch, use):
+    """Of two pairs of answers the first three are scored well."""
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", "response": "d"}] * 2)
+    scores = lambda tokens: np.array([1.0, 2.0, 3.0, np.nan][: len(tokens)], np.float32)
+    monkeypatch.setattr(evaluate, "SequenceScorer", lambda *_, **__: scores)
+    files = {key: tmp_path / "rows.jsonl" for key in ("dataset", "generations", "baseline") if key in flags[use]}
+    with pytest.raises(
+        RunFailed, match=r"reward: 1 of 4 scores are not finite, the first .* nan, of answer 2 of pair 2$"
+    ):
+        run_script(evaluate, flags[use] | files | {"output": tmp_path / "out.json"})
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_a_long_conversation_keeps_the_token_that_begins_a_text(flags, monkeypatch):

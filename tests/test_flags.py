@@ -4,9 +4,13 @@ These tests read syntax trees: a flag is a class field whose default is a call o
 """
 
 import ast
+import dataclasses
+import importlib
 from typing import NamedTuple
 
-from tests.source import modules
+import pytest
+
+from tests.source import imports, modules
 
 
 class Field(NamedTuple):
@@ -37,8 +41,23 @@ def all_fields():
     return [field for module, node in config_classes() for field in fields_of(module, node)]
 
 
-def attributes_read():
-    """Names of all attributes loaded anywhere, but for the checks that a config makes on itself."""
+def scripts():
+    """The modules with a config that a command line fills."""
+    return [name for name, tree in modules().items() if "Config" in {getattr(node, "name", "") for node in tree.body}]
+
+
+def reached(module):
+    """A module with all that it imports, by itself or through others."""
+    found, waiting = set(), [module]
+    while waiting:
+        if (name := waiting.pop()) in modules() and name not in found:
+            found.add(name)
+            waiting += [imported for imported, _ in imports(name)]
+    return found
+
+
+def attributes_read(where):
+    """Names of all attributes loaded in these modules, but for the checks that a config makes on itself."""
     checks = {
         id(node)
         for _, config in config_classes()
@@ -48,8 +67,8 @@ def attributes_read():
     }
     return {
         node.attr
-        for tree in modules().values()
-        for node in ast.walk(tree)
+        for module in where
+        for node in ast.walk(modules()[module])
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in checks
     }
 
@@ -73,10 +92,16 @@ def test_there_are_flags():
     assert len(all_fields()) > 3
 
 
-def test_every_flag_is_read_by_something():
-    read = attributes_read()
-    unread = [str(field) for field in all_fields() if field.name not in read]
-    assert not unread, unread
+def test_every_flag_belongs_to_a_script():
+    assert {field.module for field in all_fields()} <= set().union(*map(reached, scripts()))
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_every_flag_of_a_script_is_read_by_something_that_it_runs(script):
+    """A flag that a script inherits is of no use where nothing that it imports reads it."""
+    config = importlib.import_module(script).Config
+    unread = {field.name for field in dataclasses.fields(config)} - attributes_read(reached(script))
+    assert not unread
 
 
 def test_every_flag_has_a_help_text_that_is_a_sentence():

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -75,6 +76,15 @@ def test_layout_decides_nothing(answers):
     assert answers(num_samples=3, batch_size=8, mesh_dim="2,2,2", num_devices=8) == whole
     assert [row["response"] for row in answers()] == [row["response"] for row in whole[::3]]
     assert answers(num_samples=3, seed=1) != whole
+
+
+def test_the_weights_are_there_once(answers, monkeypatch):
+    loaded, original = [], generate.load_weights
+    monkeypatch.setattr(
+        generate, "load_weights", lambda *args, **more: loaded.append(original(*args, **more)) or loaded[0]
+    )
+    answers()
+    assert all(x.is_deleted() for x in jax.tree.leaves(loaded[0]["layers"]))
 
 
 def test_temperature_0_says_the_likeliest(answers, folder):

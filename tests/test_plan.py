@@ -13,11 +13,13 @@ from easyrl.core.params import num_params
 from easyrl.core.sharding import make_mesh
 from easyrl.hf.refs import find_config
 from easyrl.models.families import param_specs
-from easyrl.planning.measure import measure
+from easyrl.planning.measure import Measured, measure
 from easyrl.planning.memory import device_bytes
 from easyrl.planning.necessary import ForwardFlops
-from easyrl.planning.topology import parse_topology
+from easyrl.planning.report import Report, text
+from easyrl.planning.topology import GIB, parse_topology
 from tests.source import REPO
+from tests.train_ppo.conftest import make_tokenizer, write_model
 
 pytestmark = pytest.mark.usefixtures("started")
 
@@ -140,6 +142,88 @@ def test_ppo_with_a_shared_bottom():
     measured = {m.phase.name: m for m in report.measured}
     for name in ("passes", "update"):
         assert 0.9 < report.waste(measured[name]) < 1.6
+
+
+def ppo_plan(*arguments, fill=1.0):
+    """Nothing compiled."""
+    request = plan.parse(["--script=train_ppo", "--mesh_dim=1,4,2", *PPO, *arguments])
+    return plan.script_plan("train_ppo", request.script, make_mesh(request.script.mesh_dim), fill)
+
+
+def test_a_reward_model_with_a_tokenizer_of_its_own(tmp_path):
+    """It has room for the text in its own tokens, and the value model starts from the policy, as in training."""
+    foreign = make_tokenizer("<end>", 9)
+    own = "{% for message in messages %}{{ message['content'] }}<end>{% endfor %}"
+    foreign.chat_template = own
+    policy = write_model(tmp_path / "policy", max_positions=512)
+    models = {
+        "same": write_model(tmp_path / "same", "reward", max_positions=512, num_layers=3),
+        "foreign": write_model(tmp_path / "foreign", "reward", tokenizer=foreign, max_positions=512, num_layers=3),
+    }
+    found = {}
+    for name, folder in models.items():
+        found[name] = ppo_plan(f"--load_checkpoint_policy=hf::{policy}", f"--load_checkpoint_reward=hf::{folder}")
+        assert not found[name].condition
+
+    def scored(name):
+        (phase,) = (phase for phase in found[name].phases if phase.name == "reward")
+        return phase.arguments[1].shape[1]
+
+    def layers_of_the_value_model(name):
+        return jax.tree.leaves(found[name].resident["value model"][1]["layers"])[0].shape[0]
+
+    written = len("a") + 1  # the question that stands for any, and the end token
+    assert (scored("same"), scored("foreign")) == (128, 2 * 128 + written)
+    trained = find_config(f"hf::{policy}").num_layers
+    assert (layers_of_the_value_model("same"), layers_of_the_value_model("foreign")) == (3, trained) != (3, 3)
+
+
+def test_a_plan_says_what_of_tokenizers_it_cannot_know():
+    named = "random::debug with the policy's tokenizer (not both are here to compare); with one of its own a reward "
+    named += "model has room for 256 tokens and those of its template"
+    assert ppo_plan().condition == f"{named}, and the value model starts from the policy"
+    assert ppo_plan("--load_checkpoint_value=policy").condition == named
+
+
+def test_a_run_that_only_generates_has_no_updates():
+    assert [phase.name for phase in ppo_plan("--generate_only").phases] == ["sampling", "reward", "passes", "finish"]
+
+
+@pytest.mark.parametrize(("rows", "share"), [(0, 1.0), (8, 0.5)])
+def test_decoding_takes_as_many_steps_as_the_longest_response_unless_some_wait(rows, share):
+    def steps(fill):
+        loops = ppo_plan(f"--decode_rows={rows}", fill=fill).phases[0].loops
+        decoding = sum(trips for name, trips in loops.items() if name.startswith("decode"))
+        return decoding * loops.get("refills", 1)
+
+    assert steps(1.0) == pytest.approx(31 * (16 // (rows or 16)))
+    assert steps(0.5) == pytest.approx(share * steps(1.0))
+
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Exceeded hbm capacity by 15.72G."
+
+
+@pytest.mark.parametrize(
+    ("said", "over", "advice"),
+    [
+        (OUT_OF_MEMORY, 15.72, "update needs 15.72 GiB more than a device has."),
+        (
+            "RESOURCE_EXHAUSTED: no",
+            None,
+            "update needs more than a device has; the compiler says 'RESOURCE_EXHAUSTED: no'",
+        ),
+    ],
+)
+def test_a_program_that_the_compiler_refused_has_the_size_that_it_said(said, over, advice):
+    planned, topology = ppo_plan(), parse_topology("v5e:2x4")
+    measured = [Measured(planned.phases[0], 1.0, arguments=GIB), Measured(planned.phases[-1], 1.0, refused=said)]
+    report = Report("train_ppo", topology, make_mesh("1,4,2"), planned, measured)
+    found = report.to_dict()
+    assert found["peak"] == found["phases"][1]["peak"]
+    assert found["peak"] == (None if over is None else pytest.approx(topology.memory + over * GIB))
+    unknown = [found["seconds"], found["flops"], found["sent"], found["phases"][1]["flops"]]
+    assert unknown == [None] * 4 and found["phases"][0]["peak"] == GIB
+    assert advice in text(report) and " 0.00 GiB" not in text(report)
 
 
 @pytest.mark.parametrize(("script", "phases"), [("train_rm", ["step"]), ("train_dpo", ["reference", "step"])])

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     write_rows(folder / "rows.jsonl", ROWS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EASYRL_CACHE", str(folder / "cache"))
-        patch.setattr("easyrl.runtime.offline_run.write_report", lambda *_: None)
+        patch.setattr("easyrl.runtime.training.write_report", lambda *_: None)
         for name in ("HF_TOKEN", "WANDB_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, SECRET)
         yield folder

@@ -246,7 +246,8 @@ def test_a_loss_without_reference_asks_none(flags, tmp_path, monkeypatch):
         ({"load_checkpoint_reference": "random::small.json"}, "ids go up to 103, the model has embeddings for 0 to 63"),
         ({"micro_batch_size": 3, "mesh_dim": "2,1,1"}, "--micro_batch_size=3: expected a multiple of 2: dp x fsdp = 2"),
         ({"train_dataset.batch_size": 17}, "found 16 samples, fewer than --train_dataset.batch_size=17"),
-        ({"train_dataset.seq_length": 64}, "reads up to 48 tokens"),
+        ({"train_dataset.seq_length": 64}, "reads up to 48 tokens, --train_dataset.seq_length is 64"),
+        ({"lr_schedule": "constant", "end_lr": 1e-7}, "--end_lr=1e-07: --lr_schedule=constant does not read it"),
     ],
 )
 def test_what_is_wrong_is_one_line(flags, tmp_path, monkeypatch, more, complaint):

@@ -16,10 +16,10 @@ from easyrl.data.prompts import PromptDataset
 from easyrl.data.templates import load_template
 from easyrl.hf.refs import load_model
 from easyrl.models.families import param_specs
-from easyrl.rewards.online import OnlineConfig, OnlinePairs, PromptNumbers
 from easyrl.rewards.sources import Source, function_source
 from easyrl.runtime.jsonl import read_jsonl
 from easyrl.runtime.metrics import timeless
+from easyrl.runtime.online import OnlineConfig, OnlinePairs, PromptNumbers
 from easyrl.sampling.decode import Samples
 from easyrl.steps.dpo import DPOConfig, make_answer_logprobs, make_dpo_step, place_answers
 from easyrl.steps.packed import place_plans
@@ -195,7 +195,7 @@ def test_eight_devices_give_the_same_run(trained, flags, tmp_path):
 
 
 def test_a_run_that_broke_off_goes_on(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr("easyrl.runtime.offline_run.write_report", lambda *_: None)
+    monkeypatch.setattr("easyrl.runtime.training.write_report", lambda *_: None)
     short = flags | {"eval_dataset.path": flags["train_dataset.path"], "total_steps": 4, "save_model_freq": 1}
     run_script(train_dpo, short | {"output_dir": tmp_path / "unbroken"})
     run_script(train_dpo, short | {"output_dir": tmp_path / "broken"}, dies_before=3)
@@ -238,7 +238,7 @@ def test_a_step_without_a_pair_changes_nothing(flags, folder, tmp_path):
             "--micro_batch_size=3: expected a multiple of 2: dp x fsdp = 1 of --mesh_dim=1,1,1, and the 2 rows of a",
         ),
         ({"train_dataset.row_length": 19}, "--train_dataset.row_length=19: expected at least 20"),
-        ({"train_dataset.seq_length": 41}, "--train_dataset.seq_length + --max_continuation_len=49: the model of"),
+        ({"train_dataset.seq_length": 41}, "48 tokens, --train_dataset.seq_length + --max_continuation_len is 49"),
         ({"train_dataset.batch_size": 3, "mesh_dim": "2,1,1"}, "--train_dataset.batch_size=3: does not divide by dp"),
         ({"decode_rows": 3, "mesh_dim": "2,1,1"}, "--decode_rows=3: does not divide by dp x fsdp = 2"),
         ({"missing_eos": "never"}, "--missing_eos=never: expected none, mask"),

@@ -15,7 +15,7 @@ from easyrl.data.templates import load_template
 from easyrl.data.tokenizer import load_tokenizer
 from easyrl.hf import refs
 from easyrl.hf.refs import find_model, load_model
-from easyrl.runtime import offline_run
+from easyrl.runtime import training
 from tests.offline import TINY, run_script, write_rows
 from tests.train_ppo.conftest import make_tokenizer, write_model
 
@@ -35,7 +35,7 @@ def deep(tmp_path, monkeypatch):
 
 
 def test_columns_are_no_places(deep, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline_run, "write_report", lambda *_: None)
+    monkeypatch.setattr(training, "write_report", lambda *_: None)
     names = [*LEADING_OUT, str(tmp_path / STRAY)]
     columns = ("id", "subset", "dataset", "source", "category", "path", "file_name")
     pairs = [

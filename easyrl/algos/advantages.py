@@ -80,10 +80,10 @@ def gae(rewards: Array, values: Array, mask: Array, gamma: float | Array, lam: f
     return advantages, advantages + values
 
 
-def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = True, epsilon: float = 1e-8) -> Array:
+def whiten(x: Array, mask: Array, *, shift_mean: bool = True) -> Array:
     """Scale the live entries of `x` to standard deviation 1, and to mean 0 if `shift_mean`.
 
-        y = (x - mean) / sqrt(var + epsilon)  [+ mean unless shift_mean]
+        y = (x - mean) / sqrt(var + 1e-8)  [+ mean unless shift_mean]
 
     mean and var run over every True entry of `mask`: give the whole rollout batch, never a minibatch. Under jit with
     global arrays the statistics are global over devices and processes.
@@ -91,20 +91,18 @@ def whiten(x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = T
     Args:
       x: any shape. mask: bool, same shape.
       shift_mean: False keeps the mean where it was (used for rewards: shifting them would pay for every token).
-      unbiased: divide the squared deviations by n - 1 (TRL) instead of n (Ziegler et al.'s code).
-      epsilon: added to the variance, so that constant input gives 0 (plus the mean), not NaN.
     Returns:
       float32, exact zeros where masked.
     Source: Ziegler et al. 2019 code; Huang et al. 2022, "The 37 implementation details of PPO", detail 7 (per minibatch
-      there). EasyLM's fork, in its last version, whitens over the minibatch too, which makes a sample's advantage
-      depend on its neighbours there.
+      there). As in TRL the squared deviations are divided by n - 1, not by n. EasyLM's fork, in its last version,
+      whitens over the minibatch too, which makes a sample's advantage depend on its neighbours there.
     """
     count = jnp.sum(mask, dtype=jnp.float32)
     mean = masked_sum(x, mask) / jnp.maximum(count, 1.0)
     centred = x.astype(jnp.float32) - mean
     # Two passes: E[x^2] - E[x]^2 loses every digit when the mean is large.
-    variance = masked_sum(jnp.square(centred), mask) / jnp.maximum(count - (1.0 if unbiased else 0.0), 1.0)
-    whitened = centred * jax.lax.rsqrt(variance + epsilon)
+    variance = masked_sum(jnp.square(centred), mask) / jnp.maximum(count - 1.0, 1.0)
+    whitened = centred * jax.lax.rsqrt(variance + 1e-8)  # so that constant input gives 0 (plus the mean), not NaN
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 

@@ -1,11 +1,12 @@
 """The flags that every benchmark has."""
 
 import dataclasses
+from pathlib import Path
 
 from easyrl.bench.shapes import shape
 from easyrl.core.config import flag
 from easyrl.core.dtypes import DTYPES
-from easyrl.core.files import check_writable
+from easyrl.core.files import check_folder, check_writable
 from easyrl.models.llama import LlamaConfig
 
 
@@ -27,9 +28,7 @@ class ModelBenchConfig(BenchConfig):
 
     model: str = flag("34m", "Shape of the models: debug, 34m, 270m, 1b, 3b or 8b. Weights are random.")
     layers: int = flag(0, "Layers of the models. 0: as many as the shape has.", least=0)
-    param_dtype: str = flag("fp32", "Format of the weights in training.", choices=tuple(DTYPES))
     mesh_dim: str = flag("1,-1,1", "Sizes of the mesh axes dp,fsdp,mp.")
-    remat: str = flag("none", "What the backward pass recomputes.", choices=("none", "dots", "full"))
     micro_batch_size: int = flag(
         0,
         "Packed rows that go through a model at once; a multiple of dp x fsdp. 0: enough for 1,024 tokens a device.",
@@ -39,8 +38,25 @@ class ModelBenchConfig(BenchConfig):
     repeats: int = flag(5, "Laps that are counted.", least=1)
     profile: str = flag("", "Folder for a trace of one more lap, which XProf and Perfetto open. Empty: none.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.profile:
+            check_folder(Path(self.profile).expanduser(), f"--profile={self.profile}")
+
     @property
     def cfg(self) -> LlamaConfig:
         """The model's configuration."""
         layers = {"num_layers": self.layers} if self.layers else {}
-        return shape(self.model, dtype=DTYPES[self.dtype], remat=self.remat, **layers)
+        return shape(self.model, dtype=DTYPES[self.dtype], **layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingBenchConfig(ModelBenchConfig):
+    """A benchmark that trains a model."""
+
+    param_dtype: str = flag("fp32", "Format of the weights in training.", choices=tuple(DTYPES))
+    remat: str = flag("none", "What the backward pass recomputes.", choices=("none", "dots", "full"))
+
+    @property
+    def cfg(self) -> LlamaConfig:
+        return dataclasses.replace(super().cfg, remat=self.remat)

@@ -15,7 +15,7 @@ from easyrl.bench.models import place_model
 from easyrl.bench.report import benchmark
 from easyrl.bench.workloads import END, w1_prompts, w4_prompts
 from easyrl.core.config import flag
-from easyrl.core.sharding import check_batch, fetch, make_mesh
+from easyrl.core.sharding import check_batch, fetch, make_mesh, num_data_shards
 from easyrl.models.llama import LlamaConfig
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.runtime.metrics import PhaseTimer
@@ -40,6 +40,7 @@ def main(config: Config) -> None:
     mesh, cfg = make_mesh(config.mesh_dim), config.cfg
     check_batch(config.rows, mesh, config.mesh_dim, "--rows")
     check_batch(config.decode_rows, mesh, config.mesh_dim, "--decode_rows")
+    check_batch(config.micro_batch_size, mesh, config.mesh_dim, "--micro_batch_size")
     real = config.lengths == "real"
     params = place_model(cfg, "lm", mesh, config.dtype, ends=real)
     draw = w4_prompts if real else w1_prompts
@@ -48,11 +49,11 @@ def main(config: Config) -> None:
     prompts = np.stack([np.pad(prompt, (0, config.prompt_length - len(prompt))) for prompt in drawn])
     ids = np.arange(config.rows, dtype=np.int32)
 
-    with benchmark(config, "decode") as laps:
+    with benchmark(config, "decode") as bench:
         prefill, sample = (
             Sampler(
                 cfg, SamplingConfig(max_new_tokens=length), stop_ids=(END,) if real else (),
-                decode_rows=config.decode_rows, mesh=mesh,
+                decode_rows=config.decode_rows, mesh=mesh, rows=config.micro_batch_size,
             )
             for length in (1, config.new_tokens)
         )  # fmt: skip
@@ -61,20 +62,22 @@ def main(config: Config) -> None:
             samples = sample(params, prompts, lengths, jax.random.key(number), ids)
             drawn_lengths = fetch(samples.lengths_B)
             assert real or (drawn_lengths == config.new_tokens).all()
-            return _work(cfg, config.decode_rows or config.rows, lengths, drawn_lengths)
+            rows = config.decode_rows or config.rows
+            return _work(cfg, rows, lengths, drawn_lengths, copies=num_data_shards(mesh))
 
         def first_token(number: int, timer: PhaseTimer) -> Work:
             jax.block_until_ready(prefill(params, prompts, lengths, jax.random.key(number), ids))
             return Work(config.rows, config.rows, 0)
 
-        laps += run_laps(step, config.warmup, config.repeats, config.profile)
+        bench.run(step)
         # What prefill takes is measured by itself: one program does both.
-        for lap, first in zip(laps, run_laps(first_token, config.warmup, config.repeats), strict=True):
+        for lap, first in zip(bench.laps, run_laps(first_token, config.warmup, config.repeats), strict=True):
             lap.phases.update(prefill=first.seconds, decode=lap.seconds - first.seconds)
 
 
-def _work(cfg: LlamaConfig, rows: int, prompts: np.ndarray, responses: np.ndarray) -> Work:
-    """Every step of so many rows reads the layers' and the head's weights once, and what of the cache is filled.
+def _work(cfg: LlamaConfig, rows: int, prompts: np.ndarray, responses: np.ndarray, *, copies: int) -> Work:
+    """Every step of so many rows reads the layers' and the head's weights once in each of the copies that the mesh
+    keeps (`core.sharding.DECODE_RULES`), and what of the cache is filled.
 
     The prefill gives first tokens. Of the others there are as many steps as the responses need at least.
     """
@@ -88,5 +91,5 @@ def _work(cfg: LlamaConfig, rows: int, prompts: np.ndarray, responses: np.ndarra
     return Work(
         len(responses), tokens,
         flops.sequences(prompts + responses - 1) + tokens * flops.head,
-        steps * weights + token_bytes * cached,
+        steps * copies * weights + token_bytes * cached,
     )  # fmt: skip

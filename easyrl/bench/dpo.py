@@ -34,7 +34,7 @@ def main(config: Config) -> None:
         reference = np.zeros(len(batch.tokens), np.float32)
         return place_answers(batch.tokens, batch.mask, reference, batch.packing, mesh, paired=True)
 
-    with benchmark(config, "dpo") as laps:
+    with benchmark(config, "dpo") as bench:
         state = create_train_state(params, param_specs(cfg, "lm"), optimizer, mesh)
         del params
-        laps += time_steps(config, cfg, batches, state, make_dpo_step(cfg, optimizer, mesh, DPOConfig()), place)
+        time_steps(bench, config, cfg, batches, state, make_dpo_step(cfg, optimizer, mesh, DPOConfig()), place)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -45,11 +46,12 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": float(np.median(values)), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def run_laps(step: Callable[[int, PhaseTimer], Work], warmup: int, repeats: int, profile: str = "") -> list[Lap]:
-    """Laps of `step(number, timer)`, which waits for its results and says what it worked on; the warm-up's first.
+# step(number, timer) waits for its results and says what it worked on.
+Step = Callable[[int, PhaseTimer], Work]
 
-    With `profile`, one more lap is traced into that folder, for XProf and Perfetto; it is not among the laps.
-    """
+
+def run_laps(step: Step, warmup: int, repeats: int) -> list[Lap]:
+    """Laps of `step`, the warm-up's first."""
 
     def lap(number: int) -> Lap:
         timer, start = PhaseTimer(), time.perf_counter()
@@ -65,10 +67,13 @@ def run_laps(step: Callable[[int, PhaseTimer], Work], warmup: int, repeats: int,
             print(f"\rlap {number + 1} of {warmup + repeats}: {laps[-1].seconds:.3f} s ", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    if profile:
-        with jax.profiler.trace(profile, create_perfetto_trace=True):
-            lap(warmup + repeats)
     return laps
+
+
+def trace_lap(step: Step, number: int, folder: Path) -> None:
+    """Traces one lap into a folder, for XProf and Perfetto."""
+    with jax.profiler.trace(folder, create_perfetto_trace=True):
+        step(number, PhaseTimer())
 
 
 class CompileTime:

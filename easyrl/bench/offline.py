@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from easyrl.bench.config import ModelBenchConfig
-from easyrl.bench.measure import Lap, Work, run_laps
+from easyrl.bench.config import TrainingBenchConfig
+from easyrl.bench.measure import Work
+from easyrl.bench.report import Benchmark
 from easyrl.bench.workloads import w1_prompts, w2_pairs, w3_pairs
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
@@ -25,7 +26,7 @@ from easyrl.runtime.run_config import find_shapes
 
 
 @dataclasses.dataclass(frozen=True)
-class OfflineBenchConfig(ModelBenchConfig):
+class OfflineBenchConfig(TrainingBenchConfig):
     """What an optimizer step works on."""
 
     workload: str = flag(
@@ -109,6 +110,7 @@ def _sequences(config: OfflineBenchConfig, vocab_size: int, per_sample: int) -> 
 
 
 def time_steps(
+    bench: Benchmark,
     config: OfflineBenchConfig,
     cfg: LlamaConfig,
     batches: HostBatches,
@@ -117,8 +119,8 @@ def time_steps(
     place: Callable,
     *,
     lm_head: bool = True,
-) -> list[Lap]:
-    """Laps of `state, metrics = update(state, place(batch))`, every step waited for.
+) -> None:
+    """Times `state, metrics = update(state, place(batch))`, every step waited for.
 
     `lm_head`: whether the answers' tokens need next-token logits.
     """
@@ -136,4 +138,4 @@ def time_steps(
             config.batch_size, float(batch.lengths.sum()), 3 * needed, packed=packing.tokens, places=packing.places
         )
 
-    return run_laps(step, config.warmup, config.repeats, config.profile)
+    bench.run(step)

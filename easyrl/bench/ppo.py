@@ -12,8 +12,8 @@ import dataclasses
 import jax
 import numpy as np
 
-from easyrl.bench.config import ModelBenchConfig
-from easyrl.bench.measure import Work, run_laps
+from easyrl.bench.config import TrainingBenchConfig
+from easyrl.bench.measure import Work
 from easyrl.bench.models import place_model
 from easyrl.bench.report import benchmark
 from easyrl.bench.workloads import END, w1_prompts, w4_prompts
@@ -30,17 +30,19 @@ from easyrl.runtime.run_config import find_shapes
 from easyrl.sampling.decode import DecodingConfig, SamplingConfig
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from easyrl.steps.packed import place_plans
-from easyrl.steps.ppo import PPOConfig, PPOState, abstract_passes, make_finish, make_forward, make_update
+from easyrl.steps.ppo import PPOState, make_update
+from easyrl.steps.ppo_config import PPOConfig
 from easyrl.steps.reward import SequenceScorer
 from easyrl.steps.rollout import SampledBatch, calls_ahead, join_samples, run_updates
 from easyrl.steps.sampling import Sampler
+from easyrl.steps.scoring import abstract_passes, make_finish, make_forward
 from easyrl.steps.state import create_train_state
 
 PPO = PPOConfig(temperature=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ModelBenchConfig, DecodingConfig):
+class Config(TrainingBenchConfig, DecodingConfig):
     """Time iterations of PPO with four models of one shape."""
 
     workload: str = flag(
@@ -71,6 +73,7 @@ def main(config: Config) -> None:
         batches, longest = (
             w1_prompts(iterations, cfg.vocab_size, config.prompts, config.prompt_length), config.prompt_length
         )  # fmt: skip
+    from_sampler = config.old_logprobs == "sampler"
     new_tokens = {"w1": 128, "w4": 256}.get(config.workload, config.new_tokens)
     num_samples, width = len(batches[0]), longest + new_tokens
     if num_samples % config.mini_batch_size:
@@ -92,7 +95,7 @@ def main(config: Config) -> None:
         max_length=width, num_sequences=num_samples, rows=config.micro_batch_size,
     )  # fmt: skip
 
-    with benchmark(config, "ppo") as laps:
+    with benchmark(config, "ppo") as bench:
         # ------------------------------------------------------------ device programs
         optimizer = make_optimizer(OptimizerConfig(clip_gradient=0.0), make_schedule("constant", config.lr, 1))
         sample = Sampler(
@@ -110,7 +113,7 @@ def main(config: Config) -> None:
         expected = calls_ahead(
             forward, finish, {"update": update}, (state, reference),
             abstract_passes(cfg, PPO, num_samples, width, mesh), size=config.mini_batch_size,
-            shapes=shapes, update_shapes=update_shapes, mesh=mesh, from_sampler={config.old_logprobs == "sampler"},
+            shapes=shapes, update_shapes=update_shapes, mesh=mesh, from_sampler={from_sampler},
         )  # fmt: skip
         drawing = sample.call(state.policy.params, *_padded(batches[0], longest), jax.random.key(0), ids)
         compile_ahead([drawing, *expected, scorer.call()])
@@ -126,7 +129,7 @@ def main(config: Config) -> None:
                 tokens, mask = put((sampled.tokens, sampled.mask), whole)
                 plans = place_plans(pack(sampled.lengths, width, shapes), num_samples, mesh)
                 drawn = (sampled.sampler_logprobs, sampled.sampler_entropies)
-                known = put(drawn, whole) if config.old_logprobs == "sampler" else None
+                known = put(drawn, whole) if from_sampler else None
                 models = (state.policy.params, reference, state.value.params)
                 passes = forward(*models, tokens, mask, plans, sampler=known)
                 scores = scorer([row[:length] for row, length in zip(sampled.tokens, sampled.lengths, strict=True)])
@@ -138,9 +141,9 @@ def main(config: Config) -> None:
                     shapes=update_shapes, mesh=mesh,
                 )  # fmt: skip
                 jax.block_until_ready((state, metrics))
-            return _work(cfg, sampled)
+            return _work(cfg, sampled, from_sampler=from_sampler)
 
-        laps += run_laps(step, config.warmup, config.repeats, config.profile)
+        bench.run(step)
 
 
 def _padded(prompts: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,11 +154,13 @@ def _padded(prompts: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarr
     return padded, np.array([len(prompt) for prompt in prompts], np.int32)
 
 
-def _work(cfg: LlamaConfig, sampled: SampledBatch) -> Work:
-    """Rollout: one pass over prompts and responses. Scores: four. Updates: three times one pass, of two models.
+def _work(cfg: LlamaConfig, sampled: SampledBatch, *, from_sampler: bool) -> Work:
+    """Rollout: one pass over prompts and responses. Scores: four, but for the policy's when its log-probs are
+    `from_sampler`. Updates: three times one pass, of two models.
 
     The head's logits are needed of response tokens alone, by the rollout, two scores, and the policy's update.
     """
     flops = ForwardFlops(cfg)
     trunk, head = flops.sequences(sampled.lengths), flops.head * int(sampled.response_lengths.sum())
-    return Work(len(sampled.lengths), float(sampled.lengths.sum()), (1 + 4 + 6) * trunk + (1 + 2 + 3) * head)
+    needed = (1 + 4 + 6 - from_sampler) * trunk + (1 + 2 + 3 - from_sampler) * head
+    return Work(len(sampled.lengths), float(sampled.lengths.sum()), needed)

@@ -32,8 +32,8 @@ def main(config: Config) -> None:
         margins = np.zeros(len(batch.tokens) // 2, np.float32)
         return place_reward_batch(batch.tokens, batch.lengths, margins, batch.packing, mesh)
 
-    with benchmark(config, "rm") as laps:
+    with benchmark(config, "rm") as bench:
         state = create_train_state(params, param_specs(cfg, "reward"), optimizer, mesh)
         del params
         update = make_reward_step(cfg, optimizer, mesh, RewardLossConfig())
-        laps += time_steps(config, cfg, batches, state, update, place, lm_head=False)
+        time_steps(bench, config, cfg, batches, state, update, place, lm_head=False)

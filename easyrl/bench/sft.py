@@ -30,7 +30,7 @@ def main(config: Config) -> None:
     def place(batch: HostBatch) -> SFTBatch:
         return place_sft_batch(batch.tokens, batch.mask, batch.packing, mesh)
 
-    with benchmark(config, "sft") as laps:
+    with benchmark(config, "sft") as bench:
         state = create_train_state(params, param_specs(cfg, "lm"), optimizer, mesh)
         del params
-        laps += time_steps(config, cfg, batches, state, make_sft_step(cfg, optimizer, mesh), place)
+        time_steps(bench, config, cfg, batches, state, make_sft_step(cfg, optimizer, mesh), place)

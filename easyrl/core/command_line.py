@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import os
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ import yaml
 
 from easyrl.core.config import EXPECTED, FlagSpec, flag_specs, from_flag_values, parse_value
 from easyrl.core.errors import RunFailed, RunStopped, UserError, raise_at_sigint, tell
+from easyrl.core.printing import print_come_what_may
 
 T = TypeVar("T")
 
@@ -43,7 +45,7 @@ def load_config(config_class: type[T], argv: Sequence[str], program: str = "") -
     """
     specs = {spec.name: spec for spec in (CONFIG_SPEC, *flag_specs(config_class))}
     if not {"--help", "-help", "-h"}.isdisjoint(argv):
-        _show(help_text(config_class, program))
+        print(help_text(config_class, program), flush=True)
         raise SystemExit(0)
     given = _parse_flags(specs, argv, getattr(config_class, "positional", ""))
     path = given.pop("config", "") or getattr(config_class, "default_yaml", lambda given: "")(given)
@@ -162,17 +164,12 @@ def _is_null(node: yaml.Node) -> bool:
 
 
 def _did_you_mean(name: str, names: Iterable[str], dashes: str = "") -> str:
-    """`: did you mean ...?` with the names that come close to `name` or end in it, or nothing."""
-    close = [known for known in names if known.endswith(f".{name}")] or difflib.get_close_matches(name, names, 2)
+    """`: did you mean ...?` with the names that end in `name`, end as it does or come close to it, or nothing."""
+    names, last = list(names), name.rpartition(".")[2]
+    close = [known for known in names if known.endswith(f".{name}")]
+    close = close or difflib.get_close_matches(name, [known for known in names if known.split(".")[-1] == last], 2, 0.0)
+    close = close or difflib.get_close_matches(name, names, 2)
     return f": did you mean {' or '.join(dashes + known for known in close)}?" if close else ""
-
-
-def _show(text: str) -> None:
-    """Prints a text of which `| head` may want no more than the beginning."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain of it at exit
 
 
 def help_text(config_class: type, program: str = "") -> str:
@@ -233,10 +230,17 @@ def run(
         with config.jax_distributed.joined(config) if joined else contextlib.nullcontext():
             main(config)  # what it returns is not an exit status
 
+    print_come_what_may()
     try:
         raise_at_sigint()
         _, run_app = _mlxu()
         run_app(call, flags_parser=parse)
-    except (UserError, RunFailed, RunStopped, KeyboardInterrupt) as error:
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        status = tell(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # Python would wait for threads that compile, and one more Ctrl-C then aborts it
+    except (UserError, RunFailed, RunStopped) as error:
         raise SystemExit(tell(error)) from None
     raise SystemExit(0)

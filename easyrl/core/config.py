@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True)
     class OptimizerConfig:
-        lr: float = flag(1e-6, "Peak learning rate.")
+        eps: float = flag(1e-8, "Added to the root of Adam's second moment.")
 
     @dataclass(frozen=True)
     class Config:
@@ -10,8 +10,8 @@
         total_steps: int = flag(100, "Optimiser steps.")
         optimizer: OptimizerConfig = flag(OptimizerConfig(), "The policy's optimiser.")
 
-gives `--total_steps` and `--optimizer.lr` (`core.command_line` reads them). Text becomes a value in one place
-(`parse_value`), wherever it was written, so `1e-6`, which YAML reads as a string, is a number. A config class may check
+gives `--total_steps` and `--optimizer.eps` (`core.command_line` reads them). Text becomes a value in one place
+(`parse_value`), wherever it was written, so `1e-8`, which YAML reads as a string, is a number. A config class may check
 itself in `__post_init__` and raise UserError.
 """
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -59,8 +60,12 @@ class DistributedConfig:
                 f"one less than {GROUP}.num_processes"
             )
         host, _, port = self.coordinator_address.rpartition(":")
-        if self.coordinator_address and not (host and port.isdigit()):
-            raise UserError(f"{GROUP}.coordinator_address={self.coordinator_address}: expected ADDRESS:PORT")
+        is_port = port.isascii() and port.isdigit() and 1 <= int(port) <= 65535
+        if self.coordinator_address and not (host and is_port):
+            raise UserError(
+                f"{GROUP}.coordinator_address={self.coordinator_address}: expected ADDRESS:PORT, "
+                "with a port from 1 to 65535"
+            )
         self._devices()
 
     @contextlib.contextmanager
@@ -88,6 +93,8 @@ class DistributedConfig:
     def _start(self) -> None:
         if jax.distributed.is_initialized() or not (self.initialize_jax_distributed or _among_others()):
             return
+        if self.coordinator_address and self.process_id == 0:
+            self._check_port()
         try:
             jax.distributed.initialize(
                 coordinator_address=self.coordinator_address or None,
@@ -104,6 +111,20 @@ class DistributedConfig:
             raise UserError(f"{GROUP}: the processes have not met: {str(error).splitlines()[0]}") from None
         # JAX's own answer to SIGTERM is to go on. Until there is something to save (runtime/interrupt.py), it ends us.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _check_port(self) -> None:
+        """Raises UserError when the port of process 0 cannot be had, with which JAX would crash."""
+        try:
+            # As JAX does, on all addresses.
+            dual = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+            port = int(self.coordinator_address.rpartition(":")[2])
+            socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else error
+            raise UserError(
+                f"{GROUP}.coordinator_address={self.coordinator_address}: expected a free port: {reason}"
+            ) from None
 
     def _devices(self) -> list[int] | None:
         try:

@@ -1,5 +1,6 @@
 """The exceptions that a user is meant to see, and the line in which they are told."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -28,35 +29,35 @@ class RunFailed(Exception):
 
 
 class RunStopped(Exception):
-    """A run ends here, in good order: nothing is wrong with the command.
+    """A run ends here, in good order: it was asked to stop and has saved what it had.
 
-    Scripts print `easyrl: <message>` and exit with `status`: 0 where the run was asked to stop and has saved what it
-    had, 1 where something it was to write could not be written. Several processes have one message, for process 0.
+    Scripts print `easyrl: <message>` and exit with status 0. Several processes have one message, for process 0.
     """
 
-    def __init__(self, message: str, status: int = 0):
+    def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
-        self.status = status
 
 
 def tell(error: BaseException, show: bool = True) -> int:
     """Says in one line on stderr, below whatever was being printed, what ended a script; returns its exit status.
 
-    2 for a UserError, 1 for a RunFailed, that of a RunStopped, 130 when interrupted, 1 and no line for anything else.
+    2 for a UserError, 1 for a RunFailed, 0 for a RunStopped, 130 when interrupted, 1 and no line for anything else.
     """
-    sys.stdout.flush()
-    if tqdm := sys.modules.get("tqdm"):
-        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
-            bar.close()
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+        if tqdm := sys.modules.get("tqdm"):
+            for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+                bar.close()
     known: dict[type, tuple[str, int]] = {
         UserError: (f"error: {error}", 2),
         RunFailed: (f"error: {error}", 1),
-        RunStopped: (str(error), getattr(error, "status", 0)),
+        RunStopped: (str(error), 0),
         KeyboardInterrupt: ("interrupted", 130),
     }
     message, status = known.get(type(error), ("", 1))
     if message and show:
-        print(f"easyrl: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"easyrl: {message}", file=sys.stderr)
     return status
 
 

@@ -197,11 +197,6 @@ def stand_in(mesh: Mesh, dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array whose first dimension is the batch."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXES))
-
-
 def put(tree, sharding: NamedSharding):
     """Host arrays, the same on every process, as global arrays: each process hands its devices their part."""
 

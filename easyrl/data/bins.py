@@ -77,6 +77,17 @@ def best_fit(units: Units, row_length: int) -> list[list[Row]]:
     return bins.rows
 
 
+def rows_needed(lengths: np.ndarray, row_length: int) -> int:
+    """The rows that `best_fit` takes for sequences that are each a unit, without saying what lies where."""
+    check_room(Units(lengths), row_length)
+    rooms: list[int] = []  # free places of every row, ascending
+    for length in sorted(filter(None, lengths.tolist()), reverse=True):
+        fullest = bisect_left(rooms, length)
+        room = rooms.pop(fullest) if fullest < len(rooms) else row_length
+        insort(rooms, room - length)
+    return len(rooms)
+
+
 def fit_into(units: Units, row_lengths: Sequence[int]) -> list[list[Row]] | None:
     """As `best_fit`, into bins that are given by the lengths of their rows; None if one unit finds no room."""
     bins = _Bins(units)

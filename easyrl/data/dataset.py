@@ -29,8 +29,8 @@ from easyrl.data.tokenizer import fingerprint
 from easyrl.data.workers import encode_rows
 
 BATCH_SIZE = "Samples in one batch, over all devices. A pair is one sample."
-WORTH_PROCESSES = 32_000_000  # bytes of text: below, starting processes takes longer than they save
-
+HELD_OUT = "--eval_dataset"  # the group of flags of held-out data
+WORTH_A_PROCESS = 16_000_000  # bytes of text: with less, starting the process takes longer than it saves
 
 C = TypeVar("C", bound="DatasetConfig")
 
@@ -57,7 +57,7 @@ class DatasetConfig:
     )
     skip_bad_rows: bool = flag(False, "Leave out and count rows that cannot be used, instead of stopping at the first.")
     num_workers: int = flag(
-        0, "Processes that tokenise; 0: one for each core if there is enough to do.", least=0, may_change=True
+        0, "Processes that tokenise; 0: one for each core as far as there is enough to do.", least=0, may_change=True
     )
     cache_dir: str = flag(
         "", "Folder for tokenised data; empty: $EASYRL_CACHE, or else ~/.cache/easyrl.", may_change=True
@@ -108,6 +108,18 @@ class HeldOutConfig:
     path: str = flag("", "File, folder or hub id of the data. Empty: no evaluation.")
     split: str = flag("", "Part of the data, as in --train_dataset.split.")
     skip_bad_rows: bool = flag(False, "Leave out and count rows that cannot be used, instead of stopping at the first.")
+
+    def __post_init__(self) -> None:
+        for name in ("split", "skip_bad_rows"):
+            if getattr(self, name) and not self.path:
+                raise UserError(f"{HELD_OUT}.{name}={getattr(self, name)}: needs {HELD_OUT}.path, which is not given")
+        try:
+            parts = parse_mixture(self.path) if self.path else []
+        except UserError as error:
+            raise UserError(f"{HELD_OUT}.path: {error}") from None
+        if any(weight is not None for _, weight in parts):
+            expected = "expected none: every held-out row counts once"
+            raise UserError(f"{HELD_OUT}.path={self.path}: found weights, {expected}")
 
     def like(self, training: C) -> C:
         """These data cut and batched as the training data are, in the order of the file."""
@@ -180,7 +192,8 @@ def load_dataset(config: DatasetConfig, kind: str, template: Template, name: str
         raise UserError(f"--{name}.path: {error}") from None
     weights = [weight for _, weight in parts if weight is not None]
     dataset = Dataset(stores, weights or None)
-    check_same(f"--{name}.path={config.path}", f"{dataset.sizes} {zlib.crc32(dataset.lengths.tobytes())}")
+    found = [store.checksum for store in stores]
+    check_same(f"--{name}.path={config.path}", f"{dataset.sizes} {zlib.crc32(dataset.lengths.tobytes())} {found}")
     return dataset
 
 
@@ -220,11 +233,16 @@ def _samples(source: Source, encoder: Encoder, report: DataReport, on_bad: OnBad
             report.rows += 1
             yield row
 
-    name = Path(source.path).name
-    rows = tqdm(counted(), f"tokenising {name}", source.num_rows(), unit=" rows", disable=quiet())
-    if not processes:
-        processes = (os.cpu_count() or 1) if source.num_bytes > WORTH_PROCESSES else 1
-    yield from encode_rows(rows, encoder, on_bad, processes)
+    rows = tqdm(counted(), f"tokenising {Path(source.path).name}", unit=" rows", disable=quiet())
+    if not rows.disable:
+        rows.total = source.num_rows()
+    yield from encode_rows(rows, encoder, on_bad, processes or _worth(source.num_bytes))
+
+
+def _worth(num_bytes: int) -> int:
+    """The processes that tokenising so much text is worth, at most one for each core that this one may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, num_bytes // WORTH_A_PROCESS))
 
 
 def _what_happened(report: DataReport) -> str:

@@ -41,6 +41,8 @@ EXPECTED = {
 }
 CONTRADICTION = "contradicting columns"
 ASKING = ("prompt", "messages", "conversations", "instruction", "question")  # where a pair of answers has its prompt
+UNLEARNT = {"sft": ("rejected",), "prompt": ("chosen", "rejected")}  # sides of a pair, by kind
+EMPTY: tuple = (None, "", [])
 LARGEST = (2 - 2**-23) * 2.0**127  # float32, which margins are kept as
 
 Row = dict[str, Any]
@@ -228,12 +230,21 @@ LAYOUTS: dict[str, Callable[[Row, str, str], Parts]] = {
 
 
 def _pair(row: Row, kind: str) -> Pair:
-    """The pair of a row that is read as `kind`: nothing is asked of a side that this kind does not learn from."""
-    for name in ("chosen", "rejected"):
+    """The pair of a row that is read as `kind`.
+
+    Nothing is asked of a side that this kind does not learn from: where it is empty or absent, the other stands for it.
+    """
+    sides: dict[str, tuple[Messages, set[str]]] = {}
+    for name, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        if name in UNLEARNT.get(kind, ()) and row.get(name) in EMPTY and row.get(other) not in EMPTY:
+            continue
         if name not in row:
             found = f"column `{name}` is missing, found {names(row)}, expected {EXPECTED['pair']}"
             raise BadRow(found, "columns")
-    (chosen, used), (rejected, more) = (_side(row, name) for name in ("chosen", "rejected"))
+        sides[name] = _side(row, name)
+    (chosen, used), (rejected, more) = (
+        sides.get(name) or next(iter(sides.values())) for name in ("chosen", "rejected")
+    )
     if kind != "prompt":
         check_turns(chosen, "chosen", last="assistant")
     if kind in ("pair", "labelled"):

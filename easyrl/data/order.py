@@ -9,12 +9,19 @@ from typing import Protocol
 
 import grain
 import numpy as np
+from tqdm import tqdm
 
-from easyrl.data.bins import Units, best_fit
+from easyrl.core.distributed import quiet
+from easyrl.data.bins import rows_needed
 
 # A batch of packed rows may hold this many times the samples that fill its rows on average. The bound gives batches a
 # fixed size in memory; only a stretch of uncommonly short samples meets it.
 MOST_SAMPLES = 2.0
+MOST_ALIKE = (
+    8  # samples of about the same length in a row: up to so many, their number alone tells that a batch is full
+)
+PLANNED = 2000  # samples that the plan of an epoch draws at a time
+QUIET_SECONDS = 2  # of planning, before its progress is shown
 
 
 class Order(Protocol):
@@ -131,13 +138,24 @@ class RowOrder:
 
     def _plan(self, epoch: int) -> list[int]:
         length = self._stream.length
-        totals = self._totals[self._stream.samples(epoch, 0, length)]
-        ends = np.cumsum(totals)
+        starts = tqdm(
+            range(0, length, PLANNED), f"planning epoch {epoch}", leave=False, delay=QUIET_SECONDS, disable=quiet()
+        )
+        drawn = [self._stream.samples(epoch, start, min(start + PLANNED, length)) for start in starts]
+        totals = self._totals[np.concatenate(drawn)]
+        # What no batch can hold more of than so much, summed over the stream: tokens, and samples of more than a k-th
+        # of a row, of which a row holds less than k.
+        limits = [(np.cumsum(totals), self._rows * self._row_length)]
+        for k in range(2, MOST_ALIKE + 2):
+            limits.append((np.cumsum(k * totals > self._row_length), (k - 1) * self._rows))
         bounds = [0]
         while (start := bounds[-1]) < length:
-            full = self._rows * self._row_length + (ends[start - 1] if start else 0)
-            stop = min(int(np.searchsorted(ends, full, side="right")), start + self.most_samples)
-            while len(best_fit(Units(totals[start:stop]), self._row_length)) > self._rows:
+            stop = start + self.most_samples
+            for sums, most in limits:
+                before = sums[start - 1] if start else 0
+                stop = min(stop, int(np.searchsorted(sums, before + most, side="right")))
+            # One by one: best fit may find room for some number of samples and not for fewer.
+            while rows_needed(totals[start:stop], self._row_length) > self._rows:
                 stop -= 1
             if stop == length and not self._keep_last and len(bounds) > 1:
                 break

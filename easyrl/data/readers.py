@@ -5,6 +5,7 @@ files, or a hub id (`owner/name`, `owner/name/config`). Whatever is wrong with a
 UserError that names both. Only a .json list is held in memory as a whole.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -26,6 +27,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # of a dataset, beside its files
 BEHIND_SPLIT = re.compile(r"-\d+-of-\d+|\.(?:jsonl?|parquet)")  # what follows a split's name in that of its file
 PARQUET_ROWS = 256  # rows decoded at a time
+UNREADABLE = (ValueError, OverflowError)  # what a value raises that Python cannot hold, and text that is no UTF-8
 ZIPPED = 3  # bytes of text in a byte of a compressed file, roughly
 
 
@@ -52,23 +54,26 @@ class Source:
     split: Split
     fingerprint: str  # changes whenever a byte of the data or the choice of rows does
     num_bytes: int  # of text, roughly
-    _read: Callable[[OnBad], Iterator[Row]]
-    _count: Callable[[], int | None]
+    _read: Callable[[], Iterator[Row | BadRow]]
+    _count: Callable[[int | None], int | None]  # of the first so many rows, all for None
 
     def num_rows(self) -> int | None:
-        """The number of rows, if there is a quick way to tell."""
-        total = self._count()
-        if total is None:
-            return None
-        return max(0, min(total, total if self.split.stop is None else self.split.stop) - self.split.start)
+        """The number of rows, if there is a quick way to tell. Reads lines, but none behind the slice."""
+        total = self._count(self.split.stop)
+        return None if total is None else max(0, total - self.split.start)
 
     def rows(self, on_bad: OnBad = refuse) -> Iterator[Row]:
         """The rows of the split in file order. A row that cannot be decoded goes to `on_bad`, which may raise it.
 
+        It takes its place in a slice all the same, and outside of one nothing is said of it.
+
         Raises UserError for what is wrong with a whole file: cut short, not of the kind its name says.
         """
-        # Not a row more is read: behind the slice lines may be broken.
-        return islice(self._read(on_bad), self.split.start, self.split.stop)
+        for row in islice(self._read(), self.split.start, self.split.stop):
+            if isinstance(row, BadRow):
+                on_bad(row)
+            else:
+                yield row
 
 
 def open_source(path: str, part: Split = WHOLE) -> Source:
@@ -128,12 +133,12 @@ def _open_files(path: str, files: list[Path], part: Split) -> Source:
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty")
 
-    def read(on_bad: OnBad) -> Iterator[Row]:
+    def read() -> Iterator[Row | BadRow]:
         for file in files:
-            yield from _read_parquet(file) if file.name.endswith(".parquet") else _read_json(file, on_bad)
+            yield from _read_parquet(file) if file.name.endswith(".parquet") else _read_json(file)
 
     num_bytes = sum(file.stat().st_size * (1 if file.name.endswith((".json", ".jsonl")) else ZIPPED) for file in files)
-    return Source(path, part, _fingerprint(files, part), num_bytes, read, lambda: _count(files))
+    return Source(path, part, _fingerprint(files, part), num_bytes, read, lambda most: _count(files, most))
 
 
 def _fingerprint(files: list[Path], part: Split) -> str:
@@ -153,14 +158,17 @@ def _unreadable(file: Path, error: OSError) -> UserError:
     return UserError(f"{file}: the file cannot be read ({error.strerror})")
 
 
-def _count(files: list[Path]) -> int | None:
-    """The lines of JSON lines. Rows of other files are not worth a pass of their own."""
+def _count(files: list[Path], most: int | None) -> int | None:
+    """The lines of JSON lines, up to `most`. Rows of other files are not worth a pass of their own."""
     if not all(file.name.endswith((".jsonl", ".jsonl.gz")) for file in files):
         return None
-    return sum(1 for file in files for _, line in _lines(file) if line.strip())
+    try:
+        return sum(1 for _ in islice((1 for file in files for _, line in _lines(file) if line.strip()), most))
+    except UserError:  # said again when the rows are read
+        return None
 
 
-def _read_json(file: Path, on_bad: OnBad) -> Iterator[Row]:
+def _read_json(file: Path) -> Iterator[Row | BadRow]:
     """Rows of JSON lines, or of one JSON list when the name says .json and the text starts with a bracket."""
     lines = _lines(file)
     if file.name.endswith((".json", ".json.gz")):
@@ -176,7 +184,7 @@ def _read_json(file: Path, on_bad: OnBad) -> Iterator[Row]:
         try:
             row = _loads(line.rstrip(b"\r\n"))
         except BadRow as error:
-            on_bad(error.at(where))
+            yield error.at(where)
         else:
             yield Row(where, row)
 
@@ -248,7 +256,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _read_parquet(file: Path) -> Iterator[Row]:
+def _read_parquet(file: Path) -> Iterator[Row | BadRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -256,13 +264,37 @@ def _read_parquet(file: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=PARQUET_ROWS):
-                for row in batch.to_pylist():
+                for row in _rows_of(batch):
                     number += 1
-                    yield Row(f"{file} row {number}", row)
+                    where = f"{file} row {number}"
+                    yield row.at(where) if isinstance(row, BadRow) else Row(where, row)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a whole parquet file ({_first_line(error)})") from None
     if number == 0:
         raise UserError(f"{file}: the file has no row")
+
+
+def _rows_of(batch: Any) -> list[Any]:
+    """The rows of a batch of pyarrow's. One with a value that Python cannot hold, or text that is none, is a BadRow."""
+    with contextlib.suppress(*UNREADABLE):
+        return batch.to_pylist()
+    return [_row_of(batch.slice(number, 1)) for number in range(len(batch))]
+
+
+def _row_of(batch: Any) -> Any:
+    row = {}
+    for name, values in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = values[0].as_py()
+        except UNREADABLE as error:
+            return _unreadable_row(f"column `{name}`", error)
+    return row
+
+
+def _unreadable_row(what: str, error: Exception) -> BadRow:
+    if isinstance(error, UnicodeDecodeError):
+        return BadRow(f"{what}: found byte 0x{error.object[error.start]:02x}, expected UTF-8 text", "wrong encoding")
+    return BadRow(f"{what}: found a value that cannot be read ({_first_line(error)})", "wrong value")
 
 
 def _open_saved(path: str, folder: Path, part: Split) -> Source:
@@ -303,11 +335,21 @@ def _open_table(path: str, table: Any, part: Split, fingerprint: str) -> Source:
     if len(table) == 0:
         raise UserError(f"{path}: the dataset has no row")
 
-    def read(on_bad: OnBad) -> Iterator[Row]:
-        for number, row in enumerate(table, 1):
-            yield Row(f"{path} row {number}", row)
+    def read() -> Iterator[Row | BadRow]:
+        number = 0
+        while number < len(table):
+            try:
+                for row in table.select(range(number, len(table))):
+                    number += 1
+                    yield Row(f"{path} row {number}", row)
+            except UNREADABLE as error:  # the row behind the last one
+                number += 1
+                yield _unreadable_row("a column", error).at(f"{path} row {number}")
 
-    return Source(path, part, fingerprint, table.data.nbytes, read, lambda: len(table))
+    def count(most: int | None) -> int:
+        return len(table) if most is None else min(most, len(table))
+
+    return Source(path, part, fingerprint, table.data.nbytes, read, count)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import time
+import zlib
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ from easyrl.core.files import sync
 from easyrl.data.report import DataReport
 from easyrl.data.sequences import Sample, TokenSequence
 
-VERSION = 4  # of the files below and of how rows become tokens: a change of either makes old stores useless
+VERSION = 5  # of the files below and of how rows become tokens: a change of either makes old stores useless
 FORGOTTEN = 86_400  # seconds after which what is left of a killed process is removed
 TOKENS = ("tokens.bin", np.int32)
 MARKS = ("is_answer.bin", np.bool_)
@@ -44,6 +45,7 @@ class Store:
         self.folder = folder
         self.report = DataReport.from_dict(meta["report"])
         self.per_sample: int = meta["per_sample"]
+        self.checksum: int = meta["checksum"]  # of all tokens, and of which of them are an answer's
         arrays = np.load(folder / "samples.npz")
         self.values: np.ndarray = arrays["values"]  # float32 [samples]: margins or labels
         self.prompt_lengths: np.ndarray = arrays["prompt_lengths"]  # int32 [sequences]
@@ -130,6 +132,7 @@ def _move(beside: Path, folder: Path) -> Store:
 def _write(folder: Path, samples: Iterable[Sample], report: DataReport, per_sample: int) -> None:
     starts, column_starts = array("q", [0]), array("q", [0])
     prompt_lengths, values = array("i"), array("f")
+    checksum = 0
     with (
         open(folder / TOKENS[0], "wb") as tokens,
         open(folder / MARKS[0], "wb") as marks,
@@ -140,8 +143,10 @@ def _write(folder: Path, samples: Iterable[Sample], report: DataReport, per_samp
                 report.left_out[sample.left_out] += 1
                 continue
             for sequence in sample.sequences:
-                tokens.write(sequence.tokens.astype(TOKENS[1]).tobytes())
-                marks.write(sequence.is_answer.astype(MARKS[1]).tobytes())
+                for file, found, (_, dtype) in ((tokens, sequence.tokens, TOKENS), (marks, sequence.is_answer, MARKS)):
+                    part = found.astype(dtype).tobytes()
+                    file.write(part)
+                    checksum = zlib.crc32(part, checksum)
                 starts.append(starts[-1] + len(sequence.tokens))
                 prompt_lengths.append(sequence.prompt_length)
                 report.tokens += len(sequence.tokens)
@@ -162,5 +167,5 @@ def _write(folder: Path, samples: Iterable[Sample], report: DataReport, per_samp
         prompt_lengths=np.asarray(prompt_lengths, np.int32),
         values=np.asarray(values, np.float32),
     )
-    meta = {"per_sample": per_sample, "report": report.to_dict()}
+    meta = {"per_sample": per_sample, "checksum": checksum, "report": report.to_dict()}
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")

@@ -15,8 +15,11 @@ server computes for it, `encode(render(messages, add_generation_prompt=True))`, 
 """
 
 import functools
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +69,18 @@ NEEDED_TOKENS = {
 }
 # A text that the answer to be encoded can stand behind, for a tokenizer that writes the start of a text in its own way.
 ANCHORS = ("\n", ":", "a")
+# What templates are told that ask for the date. Llama 3's write this one where they cannot ask.
+TODAY = datetime(2024, 7, 26)
+DIRECTIVES = (*"aAwdebBmyYHIMSpfjUWFDTR", "-d", "-m")  # of strftime
+# Goes before such a template: transformers hands no function over to templates, and has one that gives the day itself.
+# Jinja drops the line break behind a block.
+DATED = "".join(
+    (
+        "{% macro strftime_now(format) %}{{ format",
+        *(f".replace('%{directive}', '{TODAY.strftime('%' + directive)}')" for directive in DIRECTIVES),
+        " }}{% endmacro %}\n",
+    )
+)
 TAIL = 64  # characters of a prompt that are looked at to see whether its last token would merge with the answer's first
 
 
@@ -106,11 +121,14 @@ class Template:
         return len(self.encode_prompt(question)) - len(encode(self.tokenizer, self.render(question)))
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation, followed by the assistant's tag if the assistant is to speak next."""
+        """The text of a conversation, followed by the assistant's tag if the assistant is to speak next.
+
+        A template that asks for the date gets TODAY: the tokens of a run depend neither on the day nor on the host.
+        """
         try:
             return self.tokenizer.apply_chat_template(
                 as_dicts(messages),
-                chat_template=self.jinja,
+                chat_template=DATED + self.jinja if "strftime_now" in self.jinja else self.jinja,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -138,7 +156,7 @@ class Template:
     def _encode_raw(self, text: str) -> Answered:
         bos = [] if self.bos_id is None else [self.bos_id]
         ids = encode(self.tokenizer, text)
-        if self.end_id in ids:
+        if self._stops(ids):
             ids = self._encode_quoted(text)
         ids = [*ids, self.end_id]
         return Answered(np.asarray(bos, np.int32), np.asarray(ids, np.int32), np.ones(len(ids), bool), 0)
@@ -156,7 +174,7 @@ class Template:
             context_ids = encode_behind(before, context)
             answer_ids = self._encode_behind((context[-TAIL:], *ANCHORS), answer)
             closing = [] if self.appends_end else [self.end_id]
-            if self.end_id in answer_ids[: len(answer_ids) - len(closing)]:
+            if self._stops(answer_ids[: len(answer_ids) - len(closing)]):
                 answer_ids = self._encode_quoted(answer.removesuffix(self._end_text) if closing else answer) + closing
             prompt_length = prompt_length or len(context_ids)
             ids += context_ids + answer_ids
@@ -193,15 +211,18 @@ class Template:
                 found = "the text of an answered conversation does not start with the text of its prompt"
                 raise UserError(f"template {self.name!r} cannot be trained with: {found}")
 
+    def _stops(self, ids: list[int]) -> bool:
+        """Whether sampling would stop at one of these tokens."""
+        return not set(self.stop_ids).isdisjoint(ids)
+
     def _encode_quoted(self, text: str) -> list[int]:
-        """The ids of text that mentions the end token, as ordinary text: a policy must not learn to stop there.
+        """The ids of text that mentions a stop token, as ordinary text: a policy must not learn to stop there.
 
         The text is cut inside every such token, and the parts are encoded one behind the other.
         """
-        head, tail = self._end_text[:1], self._end_text[1:]
-        first, *others = text.split(self._end_text)
-        parts = [first, *(tail + other for other in others)]
-        parts = [part + head for part in parts[:-1]] + parts[-1:]
+        stops = self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))
+        cuts = [match.start() + 1 for match in re.finditer("|".join(map(re.escape, stops)), text)]
+        parts = [text[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(text)])]
         return [token for part in parts for token in self._encode_behind(ANCHORS, part)]
 
     def _encode_behind(self, anchors: tuple[str, ...], text: str) -> list[int]:

@@ -1,7 +1,9 @@
 """Loads tokenizers, and says what easyrl needs to know of one."""
 
 import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +73,20 @@ def _reads_as_its_file(tokenizer: Tokenizer, where: str) -> bool:
     if file is None:
         return True
     both = (tokenizer.backend_tokenizer, Backend.from_file(file))
-    ours, theirs = ([part.__getstate__() for part in (one.normalizer, one.pre_tokenizer)] for one in both)
+    ours, theirs = (
+        ([part.__getstate__() for part in (one.normalizer, one.pre_tokenizer)], _model_settings(one)) for one in both
+    )
     return ours == theirs
+
+
+def _model_settings(backend: Any) -> dict[str, Any]:
+    """How a tokenizer's model makes tokens of a word; what is null, false or empty in it counts as absent.
+
+    Unknown tokens are left out, because these vocabularies have every byte, and so is dropout, a matter of training.
+    """
+    settings = json.loads(backend.model.__getstate__())
+    idle = ("vocab", "merges", "unk_token", "fuse_unk", "dropout")
+    return {key: value for key, value in settings.items() if value and key not in idle}
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -127,12 +141,25 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, flag: str = "--token
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of everything that decides how text becomes ids."""
+    """A hash of everything that decides how text becomes ids, and of the pad token: what data are cached by."""
+    return _hash(tokenizer, tokenizer.special_tokens_map)
+
+
+def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers make the same ids of any text and end it alike, whichever token they fill with."""
+
+    def digest(tokenizer: Tokenizer) -> str:
+        return _hash(tokenizer, {k: v for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"})
+
+    return digest(one) == digest(other)
+
+
+def _hash(tokenizer: Tokenizer, special_tokens: Mapping[str, Any]) -> str:
     if tokenizer.is_fast:
         content = tokenizer.backend_tokenizer.to_str()
     else:
         content = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
-    return hashlib.sha256(f"{content}{sorted(tokenizer.special_tokens_map.items())}".encode()).hexdigest()
+    return hashlib.sha256(f"{content}{sorted(special_tokens.items())}".encode()).hexdigest()
 
 
 def parse_ids(text: str, vocab_size: int, flag: str) -> tuple[int, ...]:

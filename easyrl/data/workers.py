@@ -1,9 +1,13 @@
 """Turns rows into samples, in this process or in several at a time."""
 
+import contextlib
 import itertools
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from typing import Any
 
 from easyrl.core.errors import UserError
 from easyrl.data.messages import BadRow
@@ -44,15 +48,22 @@ def _outcome(row: Row, encoder: Encoder) -> Outcome:
 def _encode_elsewhere(rows: Iterable[Row], encoder: Encoder, processes: int) -> Iterator[Outcome]:
     # Started afresh rather than forked: JAX and the tokenizers have threads, which a fork would cut off in mid-work.
     context = multiprocessing.get_context("spawn")
-    workers, ends = [], []
+    workers: list[Any] = []
+    ends: list[Connection] = []
     try:
-        for _ in range(processes):
-            here, there = context.Pipe()
-            worker = context.Process(target=_work, args=(encoder, there), daemon=True)
-            worker.start()
-            there.close()
-            workers.append(worker)
-            ends.append(here)
+        with _uninterrupted():
+            for _ in range(processes):
+                here, there = context.Pipe()
+                ends.append(here)
+                worker = context.Process(target=_work, args=(there,), daemon=True)
+                worker.start()
+                workers.append(worker)
+                there.close()
+        # Not among the arguments of the process: to start one would then take until it reads them, at the end of all
+        # that it imports, and for ever if it ends before.
+        for end in ends:
+            with _alive():
+                end.send(encoder)
         # Chunk k goes to process k mod n, once its last one is back: order is kept, and no pipe is ever full both ways.
         rows = iter(rows)
         busy = [False] * processes
@@ -61,7 +72,8 @@ def _encode_elsewhere(rows: Iterable[Row], encoder: Encoder, processes: int) -> 
                 yield from _receive(ends[turn])
                 busy[turn] = False
             if chunk := list(itertools.islice(rows, CHUNK)):
-                ends[turn].send(chunk)
+                with _alive():
+                    ends[turn].send(chunk)
                 busy[turn] = True
             elif not any(busy):
                 return
@@ -73,23 +85,48 @@ def _encode_elsewhere(rows: Iterable[Row], encoder: Encoder, processes: int) -> 
             end.close()
 
 
-def _receive(end: Connection) -> list[Outcome]:
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes that are started meanwhile never see Ctrl-C: this one does, and ends them."""
+    resource_tracker.ensure_running()  # which would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        outcomes = end.recv()
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _alive() -> Iterator[None]:
+    """Raises UserError where the other end of a connection is gone."""
+    try:
+        yield
     except (EOFError, OSError):
         raise UserError(
             "num_workers: a tokenising process ended early (out of memory?), expected fewer of them"
         ) from None
+
+
+def _receive(end: Connection) -> list[Outcome]:
+    with _alive():
+        outcomes = end.recv()
     if isinstance(outcomes, Exception):
         raise outcomes
     return outcomes
 
 
-def _work(encoder: Encoder, end: Connection) -> None:
-    """What a tokenising process does until it is ended."""
-    while True:
-        rows = end.recv()
-        try:
-            end.send([_outcome(row, encoder) for row in rows])
-        except Exception as error:  # raised again by the process that waits for the outcomes
-            end.send(error)
+def _work(end: Connection) -> None:
+    """What a tokenising process does until it is ended, or the process that started it has ended."""
+    with contextlib.suppress(EOFError, OSError):
+        encoder = end.recv()
+        while True:
+            _answer(encoder, end)
+
+
+def _answer(encoder: Encoder, end: Connection) -> None:
+    rows = end.recv()
+    try:
+        outcomes: Any = [_outcome(row, encoder) for row in rows]
+    except Exception as error:  # raised again by the process that waits for the outcomes
+        outcomes = error
+    end.send(outcomes)

@@ -47,9 +47,9 @@ def export_model(
     `head` decides the class: `lm` ForCausalLM, `reward` ForSequenceClassification with one label, `value`
     ForTokenClassification with one label. `params` has the structure of `param_specs(cfg, head)`, with its layers in
     one stack or in several (`models/branch.py`, `join`); `dtype` casts on the way out (default: as they are).
-    `tokenizer` is a transformers tokenizer; its special ids go into config.json. `generation_config` is written
-    as it is, as `generation_settings` makes it for a trained policy; None: there is none. `config_fields` are further
-    fields of config.json, which transformers keeps as attributes.
+    `tokenizer` is a transformers tokenizer; its special ids go into config.json where `config_fields` do not say
+    otherwise. `generation_config` is written as it is, as `generation_settings` makes it for a trained policy; None:
+    there is none. `config_fields` are further fields of config.json, which transformers keeps as attributes.
 
     Every process calls this, process 0 writes; the folder is complete when it returns. Raises UserError, before
     anything is written, when the folder already holds something that is not an earlier export.

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from easyrl.core.errors import UserError
@@ -32,6 +34,25 @@ def check_shared(policy: FoundModel, others: list[FoundModel], num_unfrozen: int
                 )
 
 
+def load_start(
+    found: FoundModel,
+    mesh: Mesh,
+    *,
+    dtype: str,
+    param_dtype: str,
+    seed: int = 0,
+    layers: range | None = None,
+) -> dict:
+    """A frozen copy, in the format `dtype`, of the language model that training starts from in `param_dtype`.
+
+    Where that one is narrower, the copy is rounded as the model is: else the two would not be the same at the start.
+    """
+    narrower = jnp.finfo(param_dtype).nmant < jnp.finfo(dtype).nmant
+    loaded = param_dtype if narrower else dtype
+    params = load_weights(found, mesh, head="lm", dtype=loaded, seed=seed, layers=layers)
+    return jax.tree.map(lambda x: x.astype(dtype), params) if narrower else params
+
+
 def load_frozen(
     policy: FoundModel,
     reference: FoundModel,
@@ -40,9 +61,10 @@ def load_frozen(
     mesh: Mesh,
     *,
     dtype: str,
+    param_dtype: str,
     seed: int = 0,
 ) -> Frozen:
-    """The frozen weights, in the format `dtype`.
+    """The frozen weights, in the format `dtype`; a reference that is the policy's start, as `load_start` has it.
 
     A reference or value model of other files than the policy's is taken to share its bottom only if that is so, to the
     last bit in `dtype`. Raises UserError naming its flag otherwise. (While that is looked into, there are two bottoms.)
@@ -65,4 +87,7 @@ def load_frozen(
                     "with these layers frozen"
                 )
     layers = trained_layers(reference.cfg.num_layers, num_unfrozen)
+    if dataclasses.replace(reference, flag=policy.flag) == policy:
+        start = load_start(reference, mesh, dtype=dtype, param_dtype=param_dtype, seed=seed, layers=layers)
+        return Frozen(start, bottom)
     return Frozen(load_weights(reference, mesh, head="lm", dtype=dtype, seed=seed, layers=layers), bottom)

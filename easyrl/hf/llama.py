@@ -129,12 +129,10 @@ def _rope(fields: Fields, max_positions: int) -> tuple[float, RopeScaling | None
 def _sliding_window(fields: Fields, hf_type: str, num_layers: int) -> tuple[int | None, tuple[bool, ...] | None]:
     """(window, which layers use it; None: all of them)."""
     raw = fields.raw
-    if hf_type == "llama":
-        window = None
-    elif hf_type == "mistral":
-        window = None if raw.get("sliding_window", 4096) is None else fields.size("sliding_window", 4096)
-    else:
-        window = fields.size("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
+    slides = hf_type == "mistral" or (hf_type in ("qwen2", "qwen3") and fields.flag("use_sliding_window", False))
+    if "sliding_window" in raw and raw["sliding_window"] is None:  # which, unlike no word of it, means none
+        slides = False
+    window = fields.size("sliding_window", 4096) if slides else None
 
     # Only Qwen reads layer_types; elsewhere it must agree with what transformers does without it.
     types = raw.get("layer_types")

@@ -34,6 +34,7 @@ Tensors = Checkpoint | EasyLMCheckpoint
 ALIGNED = 64  # bytes; the CPU backend takes an array that starts at a multiple of them without copying it
 THREADS = min(8, os.cpu_count() or 1)  # more than memory can feed are of no use
 SMALL = 1 << 18  # bytes; less than these is copied faster than threads are started
+COMPARED = 1024  # rows of two tensors that are compared at a time
 TILE = (64, 1024)  # rows and columns of a tensor that are transposed at a time
 PROGRESS_BYTES = 1e9  # a smaller model loads before a bar would be of use
 
@@ -62,7 +63,8 @@ def load_params(
     parameters are copied there; others stay in the memory that they were read into.
 
     Raises UserError naming file and tensor when a tensor is missing, left over, or has the wrong shape or type; all of
-    this is known from the files' headers before any weight is read.
+    this is known from the files' headers before any weight is read. Where embeddings and a head that config.json ties
+    are both there, they are compared.
     """
     checkpoint = Checkpoint(Path(source)) if isinstance(source, str | Path) else source
     sources = _match(checkpoint, cfg, param_specs(cfg, head), head, new_head)
@@ -113,6 +115,9 @@ def _match(checkpoint: Tensors, cfg: ModelConfig, specs: dict, head: str, new_he
     assert sources.keys() == flat.keys(), flat.keys() - sources.keys()
     if _is_bare_trunk(checkpoint, family):
         sources = {name: t._replace(name=t.name.removeprefix(family.TRUNK_PREFIX)) for name, t in sources.items()}
+    embed, tied_head = sources["embed/tokens"], family.TENSORS["head/kernel"].name
+    if cfg.tied_embeddings and embed.name not in checkpoint and tied_head in checkpoint:
+        sources["embed/tokens"] = embed._replace(name=tied_head)  # of two names of one tensor some savers keep this one
     expected = set()
     for name, tensor in sources.items():
         spec = flat[name]
@@ -120,6 +125,8 @@ def _match(checkpoint: Tensors, cfg: ModelConfig, specs: dict, head: str, new_he
         for i in range(spec.shape[0] if tensor.layered else 1):
             checkpoint.check(tensor.name.format(i=i), tensor.their_shape(shape))
             expected.add(tensor.name.format(i=i))
+    if head == "lm" and cfg.tied_embeddings and tied_head in set(checkpoint) - expected:
+        _check_tied(checkpoint, embed.name, tied_head, flat["embed/tokens"].shape)
     _check_left_over(checkpoint, cfg, expected, head, table["head/scalar_bias"].name)
     return sources
 
@@ -128,6 +135,22 @@ def _is_bare_trunk(checkpoint: Tensors, family) -> bool:
     """Whether the trunk's names lack their prefix, as when the trunk alone was saved."""
     name = family.TENSORS["embed/tokens"].name
     return name not in checkpoint and name.removeprefix(family.TRUNK_PREFIX) in checkpoint
+
+
+def _check_tied(checkpoint: Tensors, embed: str, head: str, shape: tuple[int, ...]) -> None:
+    """Raise UserError unless the two tensors are one, as config.json says: transformers ties no others."""
+    checkpoint.check(head, shape)
+    whole = tuple(slice(0, size) for size in shape)
+    one, other = checkpoint.read(embed, whole), checkpoint.read(head, whole)
+    rows = range(0, shape[0], COMPARED)
+    same = all(np.array_equal(one[row : row + COMPARED], other[row : row + COMPARED]) for row in rows)
+    checkpoint.release(embed)
+    checkpoint.release(head)
+    if not same:
+        raise UserError(
+            f"{checkpoint.file(head)}: tensor {head} differs from {embed}, expected the same (tie_word_embeddings of "
+            "config.json, which false would have both read)"
+        )
 
 
 def _check_left_over(checkpoint: Tensors, cfg: ModelConfig, expected: set[str], head: str, bias_name: str) -> None:

@@ -7,6 +7,7 @@ it the folder of FILE has one.
 
 import contextlib
 import dataclasses
+import glob
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jax.sharding import Mesh
 
 from easyrl.core.errors import UserError
@@ -28,20 +28,19 @@ from easyrl.hf.families import config_from_hf, family_of, read_config, read_pad_
 from easyrl.hf.fields import read_json
 from easyrl.hf.load import Tensors, load_params
 from easyrl.hf.presets import PRESETS
-from easyrl.hf.safetensors_io import Checkpoint
+from easyrl.hf.safetensors_io import INDEX, WEIGHTS, Checkpoint, indexed
 from easyrl.hf.saved import SavedWeights, find_saved, load_saved
 from easyrl.models.branch import cut
 from easyrl.models.families import ModelConfig, param_specs
 
 KINDS = ("hf", "easyrl", "random", *easylm_files.KINDS)
 
-# What a model needs of a Hub repository. Pickled weights are never fetched, nor are second copies of the weights.
+# What a model needs of a Hub repository, besides the files that its index names. Pickled weights are never fetched, nor
+# are second copies of the weights.
 HUB_FILES = (
     "config.json",
     "generation_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
+    INDEX,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -125,10 +124,8 @@ def find_config(
     kind, target = parse_ref(ref, flag)
     if kind != "hf" or Path(target).expanduser().is_dir() or not is_hub_id(target):
         return find_model(ref, head=head, compute=compute, flag=flag).cfg
-    try:
+    with _fetching(f"{flag}={ref}"):
         path = hf_hub_download(target, "config.json")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{flag}={ref}: no such folder, and not to be had from the Hub ({error})") from None
     return dataclasses.replace(read_config(Path(path).parent), **(compute or {}))
 
 
@@ -187,6 +184,12 @@ def load_model(
     return LoadedModel(**vars(found), params=params)
 
 
+def check_length(found: FoundModel, named: str, longest: int, flags: str) -> None:
+    """Raises UserError where the model of `named`, a flag with its value, reads fewer tokens than `flags` ask for."""
+    if found.cfg.max_positions < longest:
+        raise UserError(f"{named}: reads up to {found.cfg.max_positions} tokens, {flags} is {longest}")
+
+
 def stored_as(found: FoundModel) -> tuple[str, str]:
     """(head, dtype) of the model as it is stored: what a conversion keeps. A random model is a float32 language model.
 
@@ -230,10 +233,15 @@ def find_folder(target: str, flag: str = "--load_checkpoint") -> Path:
         return directory
     if not is_hub_id(target):
         raise UserError(f"{flag}=hf::{target}: no such folder")
-    try:
-        return Path(snapshot_download(target, allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{flag}=hf::{target}: no such folder, and not to be had from the Hub ({error})") from None
+    named = f"{flag}=hf::{target}"
+    with _fetching(named):
+        directory = Path(snapshot_download(target, allow_patterns=list(HUB_FILES)))
+    weights = [WEIGHTS]
+    if (directory / INDEX).exists():  # shards have whatever names it gives them
+        with _naming(flag):
+            weights += sorted(name for name in indexed(directory) if name.endswith(".safetensors"))
+    with _fetching(named):
+        return Path(snapshot_download(target, allow_patterns=[*HUB_FILES, *map(glob.escape, weights)]))
 
 
 def _raw_config(target: str, source: str) -> tuple[dict[str, Any], str, Path | None]:
@@ -271,6 +279,18 @@ def _find_easylm(kind: str, target: str, flag: str) -> FoundModel:
             raise UserError(f"{path}: no such file")
         stop_ids, pad_id = (read_stop_ids(directory), read_pad_id(directory)) if directory else ((), None)
     return FoundModel(cfg, directory, stop_ids, flag, pad_id, easylm=stored)
+
+
+@contextlib.contextmanager
+def _fetching(named: str) -> Iterator[None]:
+    """Makes one line of whatever goes wrong at the Hub, `named` being the flag with what it asks for."""
+    try:
+        yield
+    except Exception as error:  # the Hub's own, those of the client beneath it, or of JSON from something in between
+        found = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{named}: no such folder, and not to be had from the Hub ({type(error).__name__}: {found})"
+        ) from None
 
 
 @contextlib.contextmanager

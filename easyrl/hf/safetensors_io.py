@@ -128,6 +128,11 @@ def _files(directory: Path) -> list[tuple[Path, set[str]]]:
         others = sorted(path.name for pattern in ("*.bin", "*.safetensors") for path in directory.glob(pattern))
         found = f"found only {', '.join(others[:3])}" if others else "found no weights"
         raise UserError(f"{directory}: {found}, expected {WEIGHTS} or {INDEX}")
+    return [(directory / file, tensors) for file, tensors in sorted(indexed(directory).items())]
+
+
+def indexed(directory: Path) -> dict[str, set[str]]:
+    """The files that the folder's index names, each with the tensors that are promised in it."""
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{directory / INDEX}: weight_map is missing, expected an object from tensor to file")
@@ -138,7 +143,7 @@ def _files(directory: Path) -> list[tuple[Path, set[str]]]:
                 f"{directory / INDEX}: has tensor {tensor} in {str(file)!r}, expected a file of this folder"
             )
         expected.setdefault(str(file), set()).add(tensor)
-    return [(directory / file, tensors) for file, tensors in sorted(expected.items())]
+    return expected
 
 
 class TensorInfo(NamedTuple):

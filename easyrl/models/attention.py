@@ -61,25 +61,11 @@ def masked_scores(q_BKGTH: Array, k_BKSH: Array, mask_BTS: Array, alibi: Alibi |
     return jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
-def attend(
-    q_BTNH: Array,
-    k_BKSH: Array,
-    v_BKSH: Array,
-    mask_BTS: Array,
-    *,
-    alibi: Alibi | None = None,
-    cudnn: bool = False,
-) -> Array:
+def attend(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, *, alibi: Alibi | None = None) -> Array:
     """softmax(q k^T / sqrt(H) + bias) v, grouped query heads, softmax in float32. Returns [B, T, N, H] in q's dtype.
 
-    Without `alibi` there is no bias. With `cudnn` by cuDNN's flash kernel (a GPU, half precision, no bias), otherwise
-    by XLA. What holds less in memory is in `models.long_attention`, which also chooses.
+    Without `alibi` there is no bias. What holds less in memory is in `models.long_attention`, which also chooses.
     """
-    if cudnn:
-        assert alibi is None
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), mask=mask_BTS[:, None], implementation="cudnn"
-        )
     scores = masked_scores(grouped_queries(q_BTNH, k_BKSH.shape[1]), k_BKSH, mask_BTS, alibi)
     B, K, G, T, S = scores.shape
     weights_BKMS = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype).reshape(B, K, G * T, S)

@@ -37,8 +37,8 @@ def head_specs(cfg, head: str) -> dict:
 def lm_logits(params: dict, cfg, hidden: Array) -> Array:
     """Next-token logits, float32 [..., V], from hidden states [..., D].
 
-    The product runs in the compute dtype and accumulates in float32. `params` without a kernel of the head are those of
-    a model whose embeddings are tied.
+    The product runs in the compute dtype and accumulates in float32, and so do those of its gradient. `params` without
+    a kernel of the head are those of a model whose embeddings are tied.
     """
     if "head" not in params:
         kernel, equation = params["embed"]["tokens"], "...D,VD->...V"
@@ -46,7 +46,22 @@ def lm_logits(params: dict, cfg, hidden: Array) -> Array:
         return params["head"]["kernel"].product(hidden, dtype=jnp.float32)
     else:
         kernel, equation = params["head"]["kernel"], "...D,DV->...V"
-    return jnp.einsum(equation, hidden, kernel.astype(cfg.dtype), preferred_element_type=jnp.float32)
+    return _logits(equation, hidden, kernel.astype(cfg.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logits(equation: str, hidden: Array, kernel: Array) -> Array:
+    return jnp.einsum(equation, hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def _logits_backward(equation: str, saved: tuple[Array, Array], of_logits: Array) -> tuple[Array, Array]:
+    """Left to itself, a float32 gradient of the logits would have hidden states and kernel widened to be multiplied."""
+    hidden, kernel = saved
+    _, pull = jax.vjp(functools.partial(jnp.einsum, equation), hidden, kernel)
+    return pull(of_logits.astype(hidden.dtype))
+
+
+_logits.defvjp(lambda equation, *saved: (_logits(equation, *saved), saved), _logits_backward)
 
 
 def lm_head(params: dict, cfg) -> dict:

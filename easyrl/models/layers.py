@@ -111,7 +111,7 @@ class OutputsFirst(flax.struct.PyTreeNode):
     def product(self, x: Array, contracted: int = 1, dtype=None) -> Array:
         """x [..., in...] times the weight, over `contracted` dimensions: [..., out...], added up in `dtype`."""
         rows, outs = x.ndim - contracted, self.weight.ndim - contracted
-        # The compiler would take the transpositions into the product, and with them the order that it is about.
+        # The compiler would merge the transpositions into the product, and so undo the order that this class is for.
         x = jax.lax.optimization_barrier(_rotate(x, rows))
         dims = tuple(range(outs, outs + contracted)), tuple(range(contracted))
         out = jax.lax.dot_general(self.weight, x, (dims, ((), ())), preferred_element_type=dtype)

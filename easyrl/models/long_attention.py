@@ -1,12 +1,14 @@
-"""Attention that leaves out later keys: in blocks of queries, or by a TPU's splash kernel. Neither holds the scores of
-all pairs of a long row.
+"""Attention that leaves out later keys: in blocks of queries, by a TPU's splash kernel, or by cuDNN's flash kernel on a
+GPU. None holds the scores of all pairs of a long row.
 
-Both compute what `models.attention.attend` does, for tokens that attend among themselves: key s stands where query s
-does, so nobody attends to what comes later in its row, packed or not.
+All compute what `models.attention.attend` does, for tokens that attend among themselves: key s stands where query s
+does, so nobody attends to what comes later in its row, packed or not. `attention_for` chooses among them.
 
 Axes: B batch, T time, S key time, N query heads, K key/value heads, G = N / K, M = G x T, H head size.
 """
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,8 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from easyrl.models.attention import Alibi, grouped_queries, masked_scores, ungrouped
-from easyrl.models.layers import PRODUCT
+from easyrl.models.attention import Alibi, attend, attention_mask, grouped_queries, masked_scores, ungrouped
+from easyrl.models.config import ModelConfig
+from easyrl.models.layers import PRODUCT, alibi_slopes
 
 Array = jax.Array
 
@@ -25,6 +28,9 @@ LONG = 1024  # queries from which on one block's scores are to exist at a time
 LONG_BLOCK = 512  # queries in a block of more, at least: large products
 FEW_BLOCKS, MOST_BLOCKS = 4, 8  # of up to LONG queries, and of more; each is compiled by itself
 LANES = 128  # blocks are multiples of it, as the sides of matrix units are
+
+# The primitive of cuDNN's forward pass. Its results have no name by which --remat=dots could tell that it keeps them.
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 
 Masks = tuple[Array | None, Array | None]  # [B, rows, columns] of layers without and with a window, None: no such layer
 
@@ -151,14 +157,16 @@ def attend_by_splash(
         block_q=size, block_kv=size, block_kv_compute=size, block_q_dkv=size, block_kv_dkv=size,
         block_kv_dkv_compute=size, block_q_dq=size, block_kv_dq=size,
     )  # fmt: skip
-    device = device_of(shard)
+    interpreted = device_of(shard).platform != "tpu"
+    if interpreted:  # Python shows it once
+        warnings.warn("--attention=splash: not on a TPU, so the kernel is interpreted, which is slow", stacklevel=2)
     one = splash_mask.CausalMask((T, T)) if window is None else splash_mask.LocalMask((T, T), (window - 1, 0), 0)
 
     def local(q_BNTH, k_BKTH, v_BKTH, segments_BT):
         kernel = splash.make_splash_mha_single_device(
             splash_mask.MultiHeadMask([one] * q_BNTH.shape[1]),
             block_sizes=blocks,
-            interpret=device.platform != "tpu",
+            interpret=interpreted,
             residual_checkpoint_name=PRODUCT,
         )
         return jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, splash.SegmentIds(segments_BT, segments_BT))
@@ -177,10 +185,67 @@ def splash_block(length: int) -> int:
     return next(size for size in (512, 384, 256, LANES) if length % size == 0)
 
 
+def attend_by_cudnn(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, *, causal: bool) -> Array:
+    """`attend` by cuDNN's flash kernel, in half precision.
+
+    With `causal`, for tokens that attend among themselves, it leaves out later keys. The mask goes to it as a bias,
+    [B, T, S] numbers. A window spares it nothing: before version 9.10.2 cuDNN takes none beside a bias.
+    """
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BKSH.swapaxes(1, 2),
+        v_BKSH.swapaxes(1, 2),
+        mask=mask_BTS[:, None],
+        is_causal=causal,
+        implementation="cudnn",
+    )
+
+
 def device_of(shard: Callable) -> jax.Device:
     """One of the devices that a program is for: those of the mesh behind `shard`, else JAX's default ones."""
     mesh = getattr(shard, "mesh", None)
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+def attention_for(
+    cfg: ModelConfig,
+    sliding: Sequence[bool],
+    queries: tuple[Array, Array],
+    keys: tuple[Array, Array],
+    shard: Callable,
+) -> Callable[..., Array]:
+    """How layers attend, `attend(q_BTNH, k_BKSH, v_BKSH, is_sliding) -> out_BTNH`: in the way that `choose` names.
+
+    `sliding` says which of the layers have the window. Queries and keys are given by their positions and segment ids,
+    [B, T] and [B, S] each. Masks are made here, once for all layers.
+    """
+    (positions_BT, segments_BT), (positions_BS, segments_BS) = queries, keys
+    T, S = positions_BT.shape[1], positions_BS.shape[1]
+    way = choose(
+        cfg.attention, device_of(shard), dtype=cfg.dtype, head_size=cfg.head_size, queries=T, keys=S, biased=cfg.alibi,
+        mixed=any(sliding) != all(sliding),
+    )  # fmt: skip
+    if way == "splash":
+        window = cfg.sliding_window if all(sliding) else None
+        return lambda q, k, v, is_sliding: attend_by_splash(q, k, v, segments_BT, window=window, shard=shard)
+
+    def masks(rows: slice, columns: slice) -> Masks:
+        """Those for these queries and keys."""
+        q, k = (positions_BT[:, rows], segments_BT[:, rows]), (positions_BS[:, columns], segments_BS[:, columns])
+        full = None if all(sliding) else attention_mask(*q, *k)
+        return full, attention_mask(*q, *k, window=cfg.sliding_window) if any(sliding) else None
+
+    slopes_N = alibi_slopes(cfg.num_heads) if cfg.alibi else None
+    if way == "blocks":
+        block_masks = [masks(*block) for block in blocks_of(T)]
+        alibi = None if slopes_N is None else (slopes_N, positions_BT)
+        return lambda q, k, v, is_sliding: attend_in_blocks(q, k, v, block_masks, is_sliding, alibi)
+
+    whole = masks(slice(None), slice(None))
+    if way == "cudnn":
+        return lambda q, k, v, is_sliding: attend_by_cudnn(q, k, v, pick_mask(whole, is_sliding), causal=T == S)
+    bias = None if slopes_N is None else (slopes_N, positions_BT[:, :, None] - positions_BS[:, None])
+    return lambda q, k, v, is_sliding: attend(q, k, v, pick_mask(whole, is_sliding), alibi=bias)
 
 
 def choose(
@@ -196,17 +261,19 @@ def choose(
 ) -> str:
     """The way to attend, `xla`, `cudnn`, `blocks` or `splash`, that --attention asks for.
 
-    `auto` is cuDNN on a GPU in half precision, splash on a TPU from v4 on, blocks elsewhere. What cannot be had is
-    replaced by something simpler. With a bias cuDNN would want it whole in memory, and splash knows of none; cuDNN has
-    no backward pass for an odd number of tokens; splash wants rows of a multiple of 128 tokens, and all layers to have
-    the same window (not `mixed`). Blocks and splash are for tokens that attend among themselves. A single query, one
-    step of decoding, reads the cache once whatever the way, and so few queries as make one block are plain XLA's.
+    `auto` is cuDNN in half precision on a GPU that it has a kernel for, splash on a TPU from v4 on, blocks elsewhere.
+    What cannot be had is replaced by something simpler, but for splash, which is interpreted off a TPU. With a bias
+    cuDNN would want it whole in memory, and splash knows of none; cuDNN has no backward pass for an odd number of
+    tokens; splash wants rows of a multiple of 128 tokens, and all layers to have the same window (not `mixed`). Blocks
+    and splash are for tokens that attend among themselves. A single query, one step of decoding, reads the cache once
+    whatever the way, and so few queries as make one block are plain XLA's.
     """
     if queries == 1:
         return "xla"
     attention = _wanted(attention, device)
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    if attention == "cudnn" and (biased or not half or head_size % 8 or head_size > 128 or queries % 2 or keys % 2):
+    fits = half and not (biased or head_size % 8 or head_size > 128 or queries % 2 or keys % 2)
+    if attention == "cudnn" and not (fits and has_flash_kernel(device)):
         attention = "blocks"
     if attention == "splash" and (biased or mixed or queries % LANES or queries != keys):
         attention = "blocks"
@@ -218,6 +285,14 @@ def choose(
 def sees_stems(attention: str, device: jax.Device) -> bool:
     """Whether packed rows may have stems (`core.segments`), of which the splash kernel knows nothing."""
     return _wanted(attention, device) != "splash"
+
+
+def has_flash_kernel(device: jax.Device) -> bool:
+    """Whether cuDNN's flash kernel runs there: on NVIDIA's GPUs of compute capability 8.0 (Ampere) and later."""
+    if device.platform != "gpu":
+        return False
+    capability = re.fullmatch(r"(\d+)\.\d+", device.compute_capability)  # AMD's GPUs have names there
+    return capability is not None and int(capability[1]) >= 8
 
 
 def _wanted(attention: str, device: jax.Device) -> str:

@@ -11,27 +11,26 @@ import jax
 import jax.numpy as jnp
 
 from easyrl.core.params import ParamSpec
-from easyrl.models.attention import attend, attention_mask
 from easyrl.models.branch import depth, stacks
 from easyrl.models.cache import Cache, write
 from easyrl.models.families import ModelConfig, family_of, param_specs
-from easyrl.models.layers import PRODUCT, OutputsFirst, alibi_slopes
-from easyrl.models.long_attention import (
-    attend_by_splash,
-    attend_in_blocks,
-    blocks_of,
-    choose,
-    device_of,
-    pick_mask,
-)
+from easyrl.models.layers import PRODUCT, OutputsFirst
+from easyrl.models.long_attention import CUDNN_FORWARD, attention_for, device_of
 
 Array = jax.Array
+
+
+def keep_products(primitive, *arguments, **parameters) -> bool:
+    """The policy of `jax.checkpoint` that keeps products of matrices, what attention gives among them."""
+    named = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    return primitive.name == CUDNN_FORWARD or named(primitive, *arguments, **parameters)
+
 
 # What the backward pass may keep of a layer, by the names of --remat.
 REMAT_POLICIES = {
     "none": None,  # keep everything, recompute nothing
     "full": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input only
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # keep products of matrices
+    "dots": keep_products,
 }
 
 
@@ -39,19 +38,19 @@ REMAT_POLICIES = {
 INPUTS = {"embed": 1, "mlp": 1, "heads": 2}
 
 
-def unstack_layers(params: dict, cfg: ModelConfig, shard=None) -> dict:
+def unstack_layers(params: dict, cfg: ModelConfig, shard=None, run: Callable | None = None) -> dict:
     """Parameters of a language model as decoding wants them: `layers` in stacks of one, all in the compute dtype.
 
     A scan slices each layer out of the stacked arrays, and on some platforms (CPU) that copies it. One step of decoding
     does little else than read the weights, so they are laid out once for all steps: as `shard` says, which is that of
     `core.sharding.DECODE_RULES`, and on a CPU with their outputs first (a tied head, too, which then is one by itself).
+    Each array is laid out by itself: `run(function, w, n)` gives function(w, 0) to function(w, n - 1), which may be
+    programs of their own.
     """
+    run = run or (lambda function, w, n: [function(w, i) for i in range(n)])
     shard = shard or (lambda x, *axes: x)
     specs = param_specs(cfg, "lm")
     few_rows = device_of(shard).platform == "cpu"
-
-    def lay_out(params, specs):
-        return jax.tree.map(lambda w, spec: shard(w, *spec.axes), params, specs)
 
     def outputs_first(w: Array, spec: ParamSpec) -> Array | OutputsFirst:
         """A layer's weight [1, ...]; what is not multiplied with stays."""
@@ -60,19 +59,31 @@ def unstack_layers(params: dict, cfg: ModelConfig, shard=None) -> dict:
             return w
         return jax.tree.map(lambda w: w[None], OutputsFirst.of(w[0], inputs))
 
-    def one(stack: dict, i: int) -> dict:
-        layer = lay_out(jax.tree.map(lambda w: w[i : i + 1], stack), specs["layers"])
-        return jax.tree.map(outputs_first, layer, specs["layers"])
+    def lay_out(w: Array, spec: ParamSpec) -> Array:
+        return run(lambda w, i: shard(w.astype(cfg.dtype), *spec.axes), w, 1)[0]
 
-    params = jax.tree.map(lambda w: w.astype(cfg.dtype), params)
-    layers = tuple(one(stack, i) for stack in stacks(params) for i in range(depth(stack)))
-    rest = {name: part for name, part in params.items() if name != "layers"}
-    rest = lay_out(rest, {name: specs[name] for name in rest})
+    def apart(w: Array, spec: ParamSpec) -> list[Array | OutputsFirst]:
+        """A weight of a stack, layer by layer."""
+
+        def one(w: Array, i: int | Array) -> Array | OutputsFirst:
+            layer = jax.lax.dynamic_slice_in_dim(w, i, 1).astype(cfg.dtype)
+            return outputs_first(shard(layer, *spec.axes), spec)
+
+        return run(one, w, w.shape[0])
+
+    layers: list[dict] = []
+    for stack in stacks(params):
+        weights = jax.tree.map(apart, stack, specs["layers"])
+        is_weight = lambda x: isinstance(x, list)
+        layers += (jax.tree.map(lambda w, i=i: w[i], weights, is_leaf=is_weight) for i in range(depth(stack)))
+    rest = {name: jax.tree.map(lay_out, part, specs[name]) for name, part in params.items() if name != "layers"}
     if few_rows:
         tied = "head" not in rest
-        head = OutputsFirst(rest["embed"]["tokens"]) if tied else OutputsFirst.of(rest["head"]["kernel"], 1)
-        rest["head"] = {"kernel": head}
-    return rest | {"layers": layers}
+        kernel = rest["embed"]["tokens"] if tied else rest["head"]["kernel"]
+        rest["head"] = {
+            "kernel": OutputsFirst(kernel) if tied else run(lambda w, i: OutputsFirst.of(w, 1), kernel, 1)[0]
+        }
+    return rest | {"layers": tuple(layers)}
 
 
 def trunk(
@@ -128,34 +139,7 @@ def run_layers(
     num_layers = sum(depth(stack) for stack in stacks(params))
     lowest = 0 if below is None else cfg.num_layers - num_layers
     sliding = _sliding_layers(cfg)[lowest : lowest + num_layers]
-    way = choose(
-        cfg.attention, device_of(shard), dtype=cfg.dtype, head_size=cfg.head_size, queries=positions_BT.shape[1],
-        keys=k_positions.shape[1], biased=cfg.alibi, mixed=any(sliding) != all(sliding),
-    )  # fmt: skip
-
-    def masks(rows, columns):
-        """Masks of layers without and with a window, for these queries and keys; None where no layer is such."""
-        q, k = (positions_BT[:, rows], segment_ids_BT[:, rows]), (k_positions[:, columns], k_segments[:, columns])
-        full = None if all(sliding) else attention_mask(*q, *k)
-        return full, attention_mask(*q, *k, window=cfg.sliding_window) if any(sliding) else None
-
-    # Made once for all layers.
-    alibi = None
-    if way == "blocks":
-        block_masks = [masks(*part) for part in blocks_of(positions_BT.shape[1])]
-        alibi = (alibi_slopes(cfg.num_heads), positions_BT) if cfg.alibi else None
-    elif way != "splash":
-        all_masks = masks(slice(None), slice(None))
-        distance = lambda: positions_BT[:, :, None] - k_positions[:, None]
-        alibi = (alibi_slopes(cfg.num_heads), distance()) if cfg.alibi else None
-
-    def attend_by_way(q, k, v, is_sliding):
-        if way == "splash":
-            window = cfg.sliding_window if all(sliding) else None
-            return attend_by_splash(q, k, v, segment_ids_BT, window=window, shard=shard)
-        if way == "blocks":
-            return attend_in_blocks(q, k, v, block_masks, is_sliding, alibi)
-        return attend(q, k, v, pick_mask(all_masks, is_sliding), alibi=alibi, cudnn=way == "cudnn")
+    attend = attention_for(cfg, sliding, (positions_BT, segment_ids_BT), (k_positions, k_segments), shard)
 
     def body(x, scanned):
         layer, is_sliding, slots = scanned
@@ -163,7 +147,7 @@ def run_layers(
         def attend_layer(q, k, v):
             if cache is not None:
                 k, v = (write(old, new, cache.index, axis=2) for old, new in zip(slots, (k, v), strict=True))
-            out = attend_by_way(q, k, v, is_sliding)
+            out = attend(q, k, v, is_sliding)
             return out, None if cache is None else (k, v)
 
         return family.block(layer, cfg, shard(x, "batch", "time", "width"), tables, attend_layer, shard)

@@ -30,7 +30,7 @@ class Measured:
     """A phase as compiled. Bytes are those of one device.
 
     beside: resident bytes that are not among its arguments. inside: what it makes, by kind. `refused` is what the
-    compiler said, when it found that the program cannot fit; there is nothing else then.
+    compiler said, when it found that the program cannot fit; nothing else is known then.
     """
 
     phase: Phase
@@ -122,10 +122,10 @@ def saved_activations(phase: Phase, module: Module) -> int:
     return most
 
 
-def excess(refused: str) -> float:
-    """By how many bytes a program that the compiler refused does not fit; 0 when it does not say."""
+def excess(refused: str) -> float | None:
+    """By how many bytes a program that the compiler refused does not fit; None when it does not say."""
     sizes = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", refused)
     if sizes:
         return (float(sizes.group(1)) - float(sizes.group(2))) * GIB
     by = re.search(r"[Ee]xceeded hbm capacity by ([\d.]+)G", refused)
-    return float(by.group(1)) * GIB if by else 0.0
+    return float(by.group(1)) * GIB if by else None

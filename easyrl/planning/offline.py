@@ -16,8 +16,8 @@ from easyrl.hf.refs import find_config
 from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.planning.phases import Phase, ScriptPlan, packed_loops, remat_share, trained
-from easyrl.planning.rollout import frozen_rewards, reward_phases, sampling_phase
-from easyrl.rewards.online import EACH
+from easyrl.planning.rollout import plan_rewards, sampling_phase
+from easyrl.runtime.online import EACH
 from easyrl.runtime.run_config import compute_settings, find_shapes
 from easyrl.steps.dpo import KTO, AnswerBatch, make_answer_logprobs, make_dpo_step
 from easyrl.steps.kto import KTOBatch, make_kto_step
@@ -55,10 +55,12 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
     flops, size = ForwardFlops(cfg), fill * T
     forward = B * flops.sequence(size, logits=size if head == "lm" else 0)
     phases: list[Phase] = []
+    condition = ""
     if online:
-        rewards = reward_phases(config, B, T, mesh, fill)
-        phases = [sampling_phase(config, EACH, "model", mesh, cfg, model.state.params, fill), *rewards]
-        resident |= frozen_rewards(rewards)
+        rewards = plan_rewards(config, config.load_checkpoint, B, T, mesh, fill)
+        phases = [sampling_phase(config, EACH, "model", mesh, cfg, model.state.params, fill), *rewards.phases]
+        resident |= rewards.resident()
+        condition = rewards.condition
 
     batch: Any
     if script == "train_sft":
@@ -84,7 +86,6 @@ def offline_plan(script: str, config: Any, mesh: Mesh, fill: float) -> ScriptPla
             recomputed=remat_share(cfg) * forward, parts={"gradients": model.gradients()}, layers=cfg.num_layers,
         )
     )  # fmt: skip
-    condition = ""
     if not (data.row_length or online):
         condition = (
             f"rows of up to {length:,} tokens; where data leave much padding in these, a trainer takes rows of up to "

@@ -15,19 +15,13 @@ from easyrl.models.config import ModelConfig
 from easyrl.models.families import param_specs
 from easyrl.planning.necessary import ForwardFlops
 from easyrl.planning.phases import Phase, ScriptPlan, packed_loops, remat_share, trained
-from easyrl.planning.rollout import frozen_rewards, reward_phases, reward_refs, sampling_phase
+from easyrl.planning.rollout import plan_rewards, sampling_phase
+from easyrl.rewards.models import value_start
 from easyrl.runtime.run_config import compute_settings, find_shapes
-from easyrl.steps.optimizer import make_optimizer, make_schedule
+from easyrl.steps.optimizer import make_optimizer
 from easyrl.steps.packed import abstract_plans
-from easyrl.steps.ppo import (
-    PPOState,
-    abstract_passes,
-    abstract_rollout,
-    branch_specs,
-    make_finish,
-    make_forward,
-    make_update,
-)
+from easyrl.steps.ppo import PPOState, branch_specs, make_ppo_schedules, make_update
+from easyrl.steps.scoring import abstract_passes, abstract_rollout, make_finish, make_forward
 
 
 def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
@@ -41,18 +35,18 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
 
     policy_cfg = find(config.load_checkpoint_policy, "policy")
     ref_cfg = find(config.load_checkpoint_reference or config.load_checkpoint_policy, "reference")
-    scored_by = reward_refs(config)
     tops = trained_layers(policy_cfg.num_layers, config.num_layers_unfrozen)
     shared = range(tops.start)  # layers of the frozen bottom, with --num_layers_unfrozen
-    value_ref = config.load_checkpoint_value or ("reward" if scored_by and not shared else "policy")
-    named = {"reward": (scored_by or [""])[0], "policy": config.load_checkpoint_policy}
-    value_cfg = find(named.get(value_ref, value_ref), "value")
-
     B, T = config.num_responses, config.train_dataset.seq_length + config.max_continuation_len
-    policy_optimizer, value_optimizer = (
-        make_optimizer(config.optimizer, make_schedule(config.lr_schedule, lr, 1))
-        for lr in (config.lr, config.value_lr or config.lr)
-    )
+    rewards = plan_rewards(config, config.load_checkpoint_policy, B, T, mesh, fill)
+    value_ref = value_start(
+        config.load_checkpoint_value, config.load_checkpoint_policy, config.load_checkpoint_reward, rewards.readings,
+        shared=bool(shared),
+    )  # fmt: skip
+    value_cfg = find(value_ref, "value")
+
+    schedules = make_ppo_schedules(config.lr_schedule, config.lr, config.value_lr, policy_updates=1, value_updates=1)
+    policy_optimizer, value_optimizer = (make_optimizer(config.optimizer, schedule) for schedule in schedules)
     part = tops if shared else None
     policy = trained(policy_cfg, "lm", param_dtype, policy_optimizer, mesh, part)
     value = trained(value_cfg, "value", param_dtype, value_optimizer, mesh, part)
@@ -61,13 +55,12 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
     kl_coef = stand_in(mesh, jnp.float32)
     state = PPOState(policy.state, value.state, kl_coef)
 
-    rewards = reward_phases(config, B, T, mesh, fill)
     phases = [
         sampling_phase(
             config, config.rollouts_per_prompt, config.logprob_space, mesh, policy_cfg,
             join(bottom, policy.state.params), fill,
         ),
-        *rewards,
+        *rewards.phases,
     ]  # fmt: skip
     flops = {
         name: ForwardFlops(dataclasses.replace(cfg, num_layers=len(tops)) if shared else cfg)
@@ -102,25 +95,27 @@ def ppo_plan(config: Any, mesh: Mesh, fill: float) -> ScriptPlan:
         "policy": M * flops["policy"].sequence(length, logits=length),
         "value": M * flops["value"].sequence(length),
     }
-    phases.append(
-        Phase(
-            "update",
-            make_update(policy_cfg, value_cfg, config, policy_optimizer, value_optimizer, mesh),
-            (state, rollout, abstract_plans([update_shape], M, mesh), stand_in(mesh, jnp.bool_), bottom),
-            runs=config.ppo_epochs * B / M,
-            loops=packed_loops(M, update_shape, fill),
-            necessary=3 * sum(update_flops.values()),
-            recomputed=remat_share(policy_cfg) * sum(update_flops.values()),
-            parts={"gradients": max(policy.gradients(), value.gradients())},
-            layers=len(tops),
-        )
+    update = Phase(
+        "update",
+        make_update(policy_cfg, value_cfg, config, policy_optimizer, value_optimizer, mesh),
+        (state, rollout, abstract_plans([update_shape], M, mesh), stand_in(mesh, jnp.bool_), bottom),
+        runs=config.ppo_epochs * B / M,
+        loops=packed_loops(M, update_shape, fill),
+        necessary=3 * sum(update_flops.values()),
+        recomputed=remat_share(policy_cfg) * sum(update_flops.values()),
+        parts={"gradients": max(policy.gradients(), value.gradients())},
+        layers=len(tops),
     )
+    phases += [] if config.generate_only else [update]
     resident = {
         **policy.resident("policy"),
         **value.resident("value model"),
         "reference": ("frozen weights", ref_params),
         "shared bottom": ("frozen weights", bottom),
-        **frozen_rewards(rewards),
+        **rewards.resident(),
         "rollout": ("rollout", (rollout, passes.replace(hidden=None), plan)),
     }
-    return ScriptPlan(phases, resident, tokens=B * length)
+    condition = rewards.condition
+    if condition and not (shared or config.load_checkpoint_value):
+        condition += ", and the value model starts from the policy"
+    return ScriptPlan(phases, resident, tokens=B * length, condition=condition)

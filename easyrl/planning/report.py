@@ -30,9 +30,18 @@ class Report:
     def fits_phase(self, measured: Measured) -> bool:
         return not measured.refused and measured.peak <= self.topology.memory
 
+    def peak_of(self, measured: Measured) -> int | None:
+        """Bytes in use while a phase runs; None where the compiler refused it and did not say."""
+        if not measured.refused:
+            return measured.peak
+        over = excess(measured.refused)
+        return None if over is None else int(self.topology.memory + over)
+
     @property
-    def peak(self) -> int:
-        return max(m.peak for m in self.measured)
+    def peak(self) -> int | None:
+        """The most bytes in use; None where a phase's are not known."""
+        peaks = [self.peak_of(m) for m in self.measured]
+        return None if None in peaks else max(peak for peak in peaks if peak is not None)
 
     @property
     def seconds(self) -> float | None:
@@ -46,6 +55,7 @@ class Report:
         return measured.cost.flops / needed if needed and not measured.refused else None
 
     def to_dict(self) -> dict[str, Any]:
+        refused = any(m.refused for m in self.measured)
         return {
             "script": self.script,
             "topology": self.topology.text,
@@ -60,30 +70,31 @@ class Report:
             "seconds": self.seconds,
             "tokens": self.plan.tokens,
             "tokens_per_second": self.plan.tokens / self.seconds if self.seconds else None,
-            "flops": sum(m.cost.flops * m.phase.runs for m in self.measured),
+            "flops": None if refused else sum(m.cost.flops * m.phase.runs for m in self.measured),
             "necessary_flops": sum(m.phase.necessary * m.phase.runs for m in self.measured) / self.topology.num_devices,
-            "sent": sum(m.cost.sent * m.phase.runs for m in self.measured),
+            "sent": None if refused else sum(m.cost.sent * m.phase.runs for m in self.measured),
             "compile_seconds": sum(m.compile_seconds for m in self.measured),
         }
 
     def _phase(self, m: Measured) -> dict[str, Any]:
         phase = m.phase
+        known = lambda number: None if m.refused else number
         return {
             "name": phase.name,
             "runs": phase.runs,
             "loops": dict(phase.loops),
             "fits": self.fits_phase(m),
             "refused": m.refused,
-            "peak": m.peak,
-            "arguments": m.arguments,
-            "beside": m.beside,
+            "peak": self.peak_of(m),
+            "arguments": known(m.arguments),
+            "beside": known(m.beside),
             "inside": m.inside,
-            "flops": m.cost.flops,
+            "flops": known(m.cost.flops),
             "necessary_flops": phase.necessary / self.topology.num_devices,
             "recomputed_flops": phase.recomputed / self.topology.num_devices,
             "waste": self.waste(m),
-            "bytes": m.cost.bytes,
-            "sent": m.cost.sent,
+            "bytes": known(m.cost.bytes),
+            "sent": known(m.cost.sent),
             "collectives": collectives(m.cost),
             "seconds": m.seconds,
             "parts": [
@@ -134,8 +145,8 @@ def text(report: Report) -> str:
         _collectives(report),
         "",
     ]
-    step = "" if report.seconds is None else f"; a step takes {report.seconds:.3g} s at the least"
-    if report.fits:
+    step = "" if report.seconds is None else f"; a step takes {report.seconds:.3g} s at the chip's peaks"
+    if report.fits and report.peak is not None:
         lines.append(f"fits: {report.peak / GIB:.2f} of {limit:.2f} GiB{step}")
     else:
         lines.append(f"does not fit: {' '.join(advice(report))}")
@@ -152,7 +163,8 @@ def _memory(report: Report) -> str:
         kept = [f"{size / GIB:.3f}" for size in resident.values()]
         made = [f"{m.inside[kind] / GIB:.3f}" if kind in m.inside else "" for kind in inside]
         verdict = "" if report.fits_phase(m) else "does not fit"
-        rows.append([m.phase.name, *kept, *made, "" if m.refused else f"{m.peak / GIB:.3f}", verdict])
+        peak = report.peak_of(m)
+        rows.append([m.phase.name, *kept, *made, "" if peak is None else f"{peak / GIB:.3f}", verdict])
     return columns(["phase", *resident, *inside, "in all", ""], rows)
 
 
@@ -166,11 +178,11 @@ def _times(report: Report) -> str:
             [
                 m.phase.name,
                 f"{runs:g}",
-                f"{runs * m.cost.flops / 1e12:.4g}",
+                "" if m.refused else f"{runs * m.cost.flops / 1e12:.4g}",
                 f"{runs * m.phase.necessary / report.topology.num_devices / 1e12:.4g}",
                 "" if waste is None else f"{waste:.3f}",
-                f"{runs * m.cost.bytes / 1e9:.4g}",
-                f"{runs * m.cost.sent / 1e9:.4g}",
+                "" if m.refused else f"{runs * m.cost.bytes / 1e9:.4g}",
+                "" if m.refused else f"{runs * m.cost.sent / 1e9:.4g}",
                 "" if m.seconds is None else f"{runs * m.seconds:.4g}",
                 longest.roofline.bound if longest else "",
                 f"{m.compile_seconds:.0f} s",
@@ -204,9 +216,12 @@ def advice(report: Report) -> list[str]:
     found = []
     resident = report.plan.resident_bytes()
     kept, limit = sum(resident.values()), report.topology.memory
-    worst = max(report.measured, key=lambda m: (bool(m.refused), m.peak))
-    over = excess(worst.refused) if worst.refused else worst.peak - limit
-    found.append(f"{worst.phase.name} needs {over / GIB:.2f} GiB more than a device has.")
+    worst = max(report.measured, key=lambda m: (bool(m.refused), report.peak_of(m) or 0.0))
+    peak = report.peak_of(worst)
+    if peak is None:
+        found.append(f"{worst.phase.name} needs more than a device has; the compiler says {worst.refused!r}.")
+    else:
+        found.append(f"{worst.phase.name} needs {(peak - limit) / GIB:.2f} GiB more than a device has.")
     if kept > 0.5 * limit:
         needed = max(2, -(-int(report.topology.num_devices * kept) // int(0.5 * limit)))
         found.append(

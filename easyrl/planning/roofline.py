@@ -1,4 +1,8 @@
-"""The least time that a phase can take: at the chip's peaks, with compute, memory and links perfectly overlapped."""
+"""The time of a phase at the chip's peaks, with compute, memory and links perfectly overlapped.
+
+Compute and memory allow no less. Links might, where a collective is carried over more than one torus dimension, which
+`Topology.link_rate` leaves out of account.
+"""
 
 import dataclasses
 
@@ -10,7 +14,7 @@ from easyrl.planning.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds, each for itself; the phase takes the longest of them at best. None: no peaks are known."""
+    """Seconds, each for itself; the longest of them is the phase's time. None: no peaks are known."""
 
     compute: float | None
     memory: float | None

@@ -146,7 +146,8 @@ def table(tried: list[tuple[Candidate, Report]]) -> str:
     for candidate, report in tried:
         seconds = "" if report.seconds is None else f", {report.seconds:.4g} s a step"
         verdict = "fits" if report.fits else "does not fit"
-        lines.append(f"  {candidate.flags}: {verdict}, {report.peak / GIB:.2f} GiB{seconds}")
+        memory = "" if report.peak is None else f", {report.peak / GIB:.2f} GiB"
+        lines.append(f"  {candidate.flags}: {verdict}{memory}{seconds}")
     best = fastest(tried)
     lines.append(f"suggested: {best[0].flags}" if best else "none of them fits: more devices, or a smaller batch")
     return "\n".join(lines)
@@ -155,4 +156,4 @@ def table(tried: list[tuple[Candidate, Report]]) -> str:
 def fastest(tried: list[tuple[Candidate, Report]]) -> tuple[Candidate, Report] | None:
     """The fastest that fits; without known peaks, the one that takes the least memory."""
     fitting = [pair for pair in tried if pair[1].fits]
-    return min(fitting, key=lambda pair: pair[1].seconds or pair[1].peak, default=None)
+    return min(fitting, key=lambda pair: pair[1].seconds or pair[1].peak or 0, default=None)

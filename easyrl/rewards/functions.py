@@ -28,19 +28,27 @@ SAD = frozenset(
     sick sorry tired upset worried wrong
     """)
 )
+THOUSANDS = re.compile(r"(?<![\w.,])\d{1,3}(,\d{3})+(?!\w|,\d)")
+# Before a digit: no sign, which a minus behind a word or number is not, and no point behind a digit or at the start of
+# a number, as the points of `so...5` are not.
+NO_NUMBER_BEFORE = r"(?<!(?<![\w)])[-\u2212])(?<!\d\.)(?<!(?<![\w.])\.)"
 ENOUGH = 3  # different words of a kind after which more of them earn nothing
 
 
-def contains_answer(prompts: list[str], responses: list[str], answer: list[str], **columns: list) -> list[float]:
-    """1 where the response contains the row's `answer` as whole words, 0 elsewhere; case and white space do not count.
+def contains_answer(prompts: list[str], responses: list[str], answer: list, **columns: list) -> list[float]:
+    """1 where the response contains the row's `answer`, text or a number, as whole words and numbers, 0 elsewhere.
 
-    Raises ValueError naming a row without an answer.
+    Neither -5 nor 3.5 contains 5. Case, white space and the commas of thousands do not count. Raises ValueError naming
+    a row without an answer.
     """
     scores = []
-    for row, (response, wanted) in enumerate(zip(responses, answer, strict=True)):
-        if not _plain(wanted or ""):
+    for row, (response, value) in enumerate(zip(responses, answer, strict=True)):
+        wanted = "" if value is None else _plain(str(value))
+        if not wanted:
             raise ValueError(f"response {row} of the batch belongs to a row whose column `answer` is empty")
-        scores.append(float(re.search(rf"(?<!\w){re.escape(_plain(wanted))}(?!\w)", _plain(response)) is not None))
+        before = r"(?<!\w)" + (NO_NUMBER_BEFORE if wanted[0].isdigit() else "")
+        after = r"(?!\w)" + (r"(?!\.\d)" if wanted[-1].isdigit() else "")
+        scores.append(float(re.search(before + re.escape(wanted) + after, _plain(response)) is not None))
     return scores
 
 
@@ -65,4 +73,4 @@ def happy_animal_story(prompts: list[str], responses: list[str], **columns: list
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return THOUSANDS.sub(lambda number: number[0].replace(",", ""), " ".join(text.casefold().split()))

@@ -15,7 +15,9 @@ shown.
 
 import contextlib
 import json
+import os
 import shlex
+import signal
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -70,15 +72,15 @@ def ask(command: str, questions: Sequence[dict[str, Any]]) -> list[int]:
     where = f"{FLAG}={command}"
     try:
         process = subprocess.Popen(
-            shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-        )
+            shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+            start_new_session=True,
+        )  # fmt: skip
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"{where}: cannot be started ({error})") from None
     assert process.stdin is not None and process.stdout is not None
     # In a thread of its own, because a pipe holds little: a judge that answers as it reads would wait for us to read,
-    # and we for it.
-    writer = threading.Thread(target=_write, args=(process.stdin, questions), daemon=True)
-    writer.start()
+    # and we for it. Nobody waits for the thread: a process that the judge has left behind may hold the pipe.
+    threading.Thread(target=_write, args=(process.stdin, questions), daemon=True).start()
     winners: dict[int, int] = {}
     try:
         with tqdm(total=len(questions), desc="judging", disable=None) as bar:
@@ -90,9 +92,10 @@ def ask(command: str, questions: Sequence[dict[str, Any]]) -> list[int]:
     except UnicodeDecodeError:
         raise UserError(f"{where}: its output is not UTF-8 text") from None
     finally:
-        process.kill()
-        process.wait()
-        writer.join()
+        if process.returncode is None:
+            with contextlib.suppress(OSError):  # it has ended, or all of its group has
+                os.killpg(process.pid, signal.SIGKILL)  # a wrapper, and what it wraps
+            process.wait()
         process.stdout.close()
     if status:
         raise UserError(f"{where}: ended with status {status} after {len(winners)} of {len(questions)} replies")

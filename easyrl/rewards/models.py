@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from jax.sharding import Mesh
 
@@ -12,7 +12,7 @@ from easyrl.core.distributed import say
 from easyrl.core.errors import UserError
 from easyrl.data.messages import Message
 from easyrl.data.templates import Template, load_template, own_jinja
-from easyrl.data.tokenizer import check_vocabulary, fingerprint, load_tokenizer
+from easyrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, same_ids
 from easyrl.hf.refs import FoundModel, find_model, load_weights
 from easyrl.rewards.shaping import ScoreConfig, parse_weights
 from easyrl.rewards.sources import Source, function_sources, model_source, retokenized_source
@@ -23,15 +23,54 @@ FLAG = "--load_checkpoint_reward"
 TOKENS_FOR_ONE = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class RewardModel:
-    """A reward model before its weights are read. `template` None: it scores the sampled tokens as they are."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a reward model reads: with which `template`, None for the sampled tokens as they are; whether the policy's
+    tokenizer is its own; and how many tokens of a conversation at most.
+    """
 
-    name: str
-    found: FoundModel
     template: Template | None
     shares_tokenizer: bool
     max_length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardModel(Reading):
+    """A reward model before its weights are read."""
+
+    name: str
+    found: FoundModel
+
+
+def scored_length(ref: str, max_length: int, max_positions: int, written: int | None) -> int:
+    """The most tokens that the reward model `ref`, which reads up to `max_positions`, scores.
+
+    `max_length` are the policy's, of a prompt with its response. `written` are those of a template for a conversation
+    that is encoded anew, None where the policy's tokens are read as they are. Raises UserError where these do not fit.
+    """
+    if written is not None:
+        return min(TOKENS_FOR_ONE * max_length + written, max_positions)
+    if max_positions < max_length:
+        raise UserError(
+            f"{FLAG}={ref}: reads up to {max_positions} tokens, a prompt and its response take {max_length}"
+        )
+    return max_length
+
+
+def find_reading(
+    ref: str, own: Tokenizer, policy: Tokenizer, template_name: str, *, max_length: int, max_positions: int
+) -> Reading:
+    """How the reward model `ref` with its `own` tokenizer reads what a policy with another one says.
+
+    Arguments as of `scored_length`, `template_name` as of `find_reward_models`; raises UserError as these do.
+    """
+    same = same_ids(own, policy)
+    template, written = None, None
+    if template_name or not same:
+        template = load_template(template_name or "tokenizer", own, "--reward_template")
+        written = len(template.encode_prompt((Message("user", "a"),)))
+    length = scored_length(ref, max_length, max_positions, written)
+    return Reading(template=template, shares_tokenizer=same, max_length=length)
 
 
 def find_reward_models(
@@ -51,20 +90,16 @@ def find_reward_models(
         found = find_model(ref, head="reward", compute={"dtype": dtype}, flag=FLAG)
         own = policy_template.tokenizer if found.directory is None else load_tokenizer(str(found.directory), FLAG)
         check_vocabulary(own, found.cfg.vocab_size, f"{FLAG}={ref}")
-        same_tokens = fingerprint(own) == fingerprint(policy_template.tokenizer)
-        template, length = None, min(max_length, found.cfg.max_positions)
-        if template_name or not same_tokens:
-            template = load_template(template_name or "tokenizer", own, "--reward_template")
-            written = len(template.encode_prompt((Message("user", "a"),)))
-            length = min(TOKENS_FOR_ONE * max_length + written, found.cfg.max_positions)
-        elif length < max_length:
-            raise UserError(f"{FLAG}={ref}: reads up to {length} tokens, a prompt and its response take {max_length}")
-        elif found.directory and own_jinja(own) not in (None, policy_template.jinja):
+        reading = find_reading(
+            ref, own, policy_template.tokenizer, template_name, max_length=max_length,
+            max_positions=found.cfg.max_positions,
+        )  # fmt: skip
+        if not reading.template and found.directory and own_jinja(own) not in (None, policy_template.jinja):
             say(
                 f"note: {FLAG}={ref} has a chat template of its own, and reads what the policy reads, with the "
                 f"template {policy_template.name!r}; --reward_template=tokenizer gives it its own"
             )
-        models.append(RewardModel(f"reward{number + 1 if number else ''}", found, template, same_tokens, length))
+        models.append(RewardModel(name=f"reward{number + 1 if number else ''}", found=found, **vars(reading)))
     return models
 
 
@@ -130,7 +165,7 @@ def named_sources(config: ScoreConfig) -> str:
     return ", ".join(name for name in (*refs, *config.reward_function.split(",")) if name.strip())
 
 
-def value_start(named: str, policy: str, rewards: str, models: list[RewardModel], *, shared: bool) -> str:
+def value_start(named: str, policy: str, rewards: str, models: Sequence[Reading], *, shared: bool) -> str:
     """The reference that PPO's value model starts from.
 
     `named` is --load_checkpoint_value: a reference, `reward`, `policy`, or empty: the first of the `rewards` if it

@@ -7,7 +7,7 @@ The order in which a run is restored, each line needing those before it:
     3. models' configurations, schedule, device programs: made as in a new run          (the script)
     4. the abstract state, with its shardings on the mesh of now; no weight is read     (the script)
     5. the arrays, straight into these shardings                                        (`Checkpoints.restore`)
-    6. what parts of the run remember on the host                                       (`Checkpoints.hook`)
+    6. what parts of the run remember on the host                                       (`Checkpoints.recall`)
     7. config.yaml; metrics.jsonl and samples.jsonl without the rows after the step     (`RunDir.begin`, trackers)
     8. the loop, from the next step: data, samples and shuffles are functions of seed and step
 
@@ -18,6 +18,7 @@ metrics and the model of step k are.
 import dataclasses
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from etils import epath
 
 from easyrl.core.checkpoints import Writer, is_remote, read_arrays, whole_steps
 from easyrl.core.config import flag_values
-from easyrl.core.distributed import Ballot, anywhere, gather_texts, is_first, say, several
+from easyrl.core.distributed import Ballot, anywhere, from_first, gather_texts, is_first, say, several
 from easyrl.core.errors import RunStopped, UserError
 from easyrl.core.files import set_aside
 from easyrl.hf.identity import digest_models
@@ -35,7 +36,7 @@ from easyrl.hf.refs import FoundModel
 from easyrl.hf.saved import SavedModel, write_models
 from easyrl.runtime.evaluation import direction
 from easyrl.runtime.loop import Hook, StepInfo
-from easyrl.runtime.resume import NEVER, Source, check_same_run, find_source
+from easyrl.runtime.resume import NEVER, Source, check_not_elsewhere, check_same_run, find_source
 from easyrl.runtime.run_config import RunConfig
 from easyrl.runtime.run_dir import LOCK, RunDir
 from easyrl.runtime.troubles import Troubles, is_of_the_disk, reason_of
@@ -69,8 +70,11 @@ def open_checkpoints(
     if source is not None:
         check_same_run(config, script, data, source, digests)
         say(f"going on after step {source.step} of {source.folder}")
-    elif config.resume == NEVER and is_remote(folder) and whole_steps(folder):
-        raise UserError(f"--resume=never: {folder} holds checkpoints, expected an empty --checkpoint_dir")
+    elif config.resume == NEVER:
+        if is_remote(folder) and whole_steps(folder):
+            raise UserError(f"--resume=never: {folder} holds checkpoints, expected an empty --checkpoint_dir")
+    elif config.checkpoint_dir:
+        check_not_elsewhere(config, run_dir.checkpoints)
     facts = {"script": script, "data": data, "config": flag_values(config), "frozen": digests}
     return Checkpoints(config, run_dir, folder, source, facts)
 
@@ -79,15 +83,21 @@ class Checkpoints:
     """The checkpoints of one run: the one it goes on from, if any, and those it writes.
 
     `start` is the step the run goes on from, 0 for a new run; `metrics` are that step's. `made_here` is the same where
-    the run has made it in this folder, and 0 where it comes from another one: what lies here is then another run's.
+    the files in the run's folder are those of this run, and 0 where they are another one's: checkpoints and folder bear
+    the same `run_id`.
     """
 
     def __init__(
         self, config: RunConfig, run_dir: RunDir, folder: epath.Path, source: Source | None, facts: dict[str, Any]
     ):
-        self._config, self._run_dir, self.folder, self._source, self._facts = config, run_dir, folder, source, facts
+        self._config, self._run_dir, self.folder, self._source = config, run_dir, folder, source
         self.start: int = source.step if source else 0
-        self.made_here: int = source.step if source and source.folder == folder else 0
+        theirs, ours = source.facts.get("run_id", "") if source else "", run_dir.run_id
+        # Checkpoints from before runs had ids are known by their place.
+        same = source is not None and theirs == ours and (bool(ours) or source.folder == folder)
+        self.made_here: int = self.start if same else 0
+        self.run_id: str = ours if self.made_here else from_first(lambda: uuid.uuid4().hex[:12])
+        self._facts = facts | {"run_id": self.run_id}
         self.metrics: dict[str, float] = source.facts["metrics"] if source else {}
         self._stop = _Stop()
 
@@ -108,6 +118,12 @@ class Checkpoints:
         """
         self._stop.asked = self._stop.asked or reason
 
+    def recall(self, memories: Mapping[str, Memory]) -> None:
+        """Gives memories, by name, back what they knew at the step the run goes on from."""
+        known = self._source.facts["memories"] if self._source else {}
+        for name in memories.keys() & known.keys():
+            memories[name].recall(known[name])
+
     def hook(
         self,
         memories: Mapping[str, Memory],
@@ -118,8 +134,8 @@ class Checkpoints:
         best_by: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> Hook:
-        """Gives `memories` back what they knew, and makes the hook that saves. It must come after those that log and
-        export.
+        """The hook that saves, which must come after those that log and export. From here on the folder is this run's:
+        a run that starts anew sets aside what is there.
 
         Args:
           memories: everything the run is to remember on the host, by name.
@@ -128,15 +144,12 @@ class Checkpoints:
           total: the last step, always saved.
           best_by: the metric of an evaluation by which the best checkpoint is found, which is kept.
         """
-        for name, memory in memories.items():
-            if self._source is not None and name in self._source.facts["memories"]:
-                memory.recall(self._source.facts["memories"][name])
         config = self._config
-        if config.resume == NEVER and self._source is None:
-            self._set_aside()
         keep, every = config.keep_checkpoints, config.keep_checkpoint_every
         describe = partial(write_models, self.folder, models)
         try:
+            if config.resume == NEVER and self._source is None:
+                self._set_aside()
             if is_first():
                 describe()
             writer = Writer(self.folder, lambda facts: spare_steps(facts, keep, every), describe)
@@ -180,9 +193,11 @@ class Checkpoints:
             return
         if all(path.name == LOCK for path in folder.iterdir()):
             return
+        if folder.is_symlink():  # to a larger disk, which the new run is to use, too
+            folder = folder.resolve()
         aside = set_aside(folder)
+        folder.mkdir()
         if (lock := aside / LOCK).exists():  # of a --checkpoint_dir, which stays this run's
-            folder.mkdir()
             lock.rename(folder / LOCK)
         say(f"checkpoints of an earlier run are in {aside} now")
 

@@ -12,8 +12,9 @@ from easyrl.core.sharding import fetch
 from easyrl.runtime.guard import Guard, bad_weights, listed, terms_of
 from easyrl.runtime.loop import Hook, StepInfo
 from easyrl.runtime.recording import save_recording
-from easyrl.steps.ppo import PPOState, Rollout
+from easyrl.steps.ppo import PPOState
 from easyrl.steps.rollout import SampledBatch
+from easyrl.steps.scoring import Rollout
 
 # What stands in a rollout: what others follow from, and what follows.
 CAUSES = {

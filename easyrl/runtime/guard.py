@@ -17,6 +17,7 @@ from easyrl.core.params import path_str
 from easyrl.core.sharding import fetch
 from easyrl.runtime.loop import Hook, StepInfo
 from easyrl.runtime.progress import warn
+from easyrl.runtime.troubles import is_of_the_disk, reason_of
 
 # Metrics above 0 where an update was left out because a number was not finite.
 COUNTS = ("skipped", "ppo/not_finite", "ppo/policy/not_finite", "ppo/val/not_finite")
@@ -84,8 +85,13 @@ class Guard:
         self._message = (
             f"step {step}: stopped, as more steps in a row than --max_bad_steps={self._most} had a number that is not "
             f"finite: {self._explain(step, metrics, info.state)}. "
-            f"The batch: {self._keep(step, metrics)}"
         )
+        try:
+            self._message += f"The batch: {self._keep(step, metrics)}"
+        except Exception as error:
+            if not is_of_the_disk(error):
+                raise
+            self._message += f"The batch could not be kept: {reason_of(error)}"
 
     def _on_end(self, info: StepInfo) -> None:
         if self._steps:

@@ -52,15 +52,19 @@ def _watch(reader: int, request_stop: Callable[[str], None]) -> None:
         if number not in (signal.SIGTERM, signal.SIGINT):
             continue
         if number == signal.SIGINT and first is not None and time.monotonic() - first > SAME:
-            print("\neasyrl: interrupted", file=sys.stderr, flush=True)
+            _say("interrupted")
             os._exit(130)
         if number == signal.SIGINT:
             first = first or time.monotonic()
         name = signal.Signals(number).name
+        request_stop(name)
         if not told and is_first():
             leaving = "a second SIGINT leaves" if number == signal.SIGINT else "two SIGINTs leave"
-            text = f"the step under way is finished and saved; {leaving} at once"
-            print(f"\neasyrl: {name}: {text}", file=sys.stderr, flush=True)
+            _say(f"{name}: the step under way is finished and saved; {leaving} at once")
         told = True
-        request_stop(name)
     os.close(reader)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the Ctrl-C may have ended who reads this
+        print(f"\neasyrl: {text}", file=sys.stderr, flush=True)

@@ -51,7 +51,10 @@ class JsonlWriter:
 
     def close(self) -> None:
         self._write_out()
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # some file systems write no sooner
+            self._troubles.add(self.path.name, error, "without its last rows")
 
     def _open(self) -> None:
         self._file = self.path.open("a+b", buffering=0)

@@ -5,9 +5,11 @@ checkpoints) is a hook. Steps are counted from 1: step k is the k-th update of t
 so a run of `total` steps ends with step `total`, and a run that goes on from k starts with `start=k`.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from easyrl.runtime.metrics import Metrics, fetch, on_device, start_copy
@@ -38,7 +40,7 @@ class Hook:
       the next step would take over (donate) the state's memory. A batch is drawn only after these hooks, so they also
       find the data loader where the step left it.
     on_end: called once with the last state and metrics when the run is complete (not when it raised).
-    on_stop: called instead when the run ends early.
+    on_stop: called instead when the run ends early, also where that of a hook before has raised.
     close: called last in any case, to give back files and terminals.
     """
 
@@ -157,11 +159,19 @@ def run_loop(
                 break
         if pending is not None:
             last = deliver(pending)
-        for hook in hooks:
-            if (ending := hook.on_stop if stop else hook.on_end) is not None:
-                ending(StepInfo(step, last, state))
+        info = StepInfo(step, last, state)
+        if stop:
+            _call_all([partial(hook.on_stop, info) for hook in hooks if hook.on_stop])
+        for hook in hooks if not stop else ():
+            if hook.on_end is not None:
+                hook.on_end(info)
     finally:
-        for hook in hooks:
-            if hook.close is not None:
-                hook.close()
+        _call_all([hook.close for hook in hooks if hook.close])
     return state
+
+
+def _call_all(calls: Sequence[Callable[[], None]]) -> None:
+    """Makes every call, in their order, also where one raises."""
+    with contextlib.ExitStack() as stack:
+        for call in reversed(calls):
+            stack.callback(call)

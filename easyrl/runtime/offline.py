@@ -26,13 +26,13 @@ from easyrl.data.templates import Template, load_template
 from easyrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from easyrl.hf.export import check_replaceable
 from easyrl.hf.model_card import ModelCard
-from easyrl.hf.refs import FoundModel, find_model
+from easyrl.hf.refs import FoundModel, check_length, find_model
 from easyrl.models.long_attention import sees_stems
 from easyrl.runtime.checkpoint import Checkpoints, open_checkpoints
 from easyrl.runtime.metrics import timeless
 from easyrl.runtime.run_config import RunConfig, compute_settings, find_shapes
 from easyrl.runtime.run_dir import RunDir, make_run_dir
-from easyrl.steps.optimizer import make_schedule, optimizer_facts
+from easyrl.steps.optimizer import make_schedule, optimizer_facts, updates_in
 
 HF_BEST = "hf_best"  # in the run's folder: the export of the weights that did best on held-out data
 
@@ -62,6 +62,10 @@ class OfflineConfig(RunConfig):
     )
     warmup_ratio: float = flag(0.03, "Share of all steps over which the learning rate rises from 0.", least=0, most=1)
 
+    def __post_init__(self) -> None:
+        if self.end_lr and self.lr_schedule == "constant":
+            raise UserError(f"--end_lr={self.end_lr:g}: --lr_schedule=constant does not read it")
+
     @property
     def held_out(self) -> PackedDatasetConfig:
         """The evaluation data as the training data are described."""
@@ -89,12 +93,8 @@ def find_start(config: OfflineConfig, head: str = "lm") -> Start:
     if config.save_best and not config.eval_dataset.path:
         raise UserError("--save_best: nothing says which is the best, expected --eval_dataset.path, too")
     model = find_model(config.load_checkpoint, head=head, compute=compute_settings(config))
-    name, longest = config.longest
-    if model.cfg.max_positions < longest:
-        raise UserError(
-            f"{name}={longest}: the model of --load_checkpoint={config.load_checkpoint} reads up to "
-            f"{model.cfg.max_positions} tokens"
-        )
+    flags, longest = config.longest
+    check_length(model, f"--load_checkpoint={config.load_checkpoint}", longest, flags)
     tokenizer = load_tokenizer(config.tokenizer or str(model.directory or ""))
     check_vocabulary(tokenizer, model.cfg.vocab_size)
     template = load_template(config.template, tokenizer)
@@ -145,7 +145,7 @@ def count_steps(config: OfflineConfig, loader: Loader | PromptDataset) -> int:
 
 def learning_rate(config: OfflineConfig, total: int) -> optax.Schedule:
     """The learning rate of every one of `total` steps."""
-    warmup = math.ceil(config.warmup_ratio * total)
+    warmup = updates_in(config.warmup_ratio, total)
     return make_schedule(config.lr_schedule, config.lr, total, warmup, config.end_lr)
 
 

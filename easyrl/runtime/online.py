@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
-from easyrl.core.masking import Mean
 from easyrl.core.sharding import fetch
 from easyrl.data.alike import tokens_alike
 from easyrl.data.packing import Shape, pack
@@ -28,10 +27,10 @@ from easyrl.rewards.score import Judged, judge_responses
 from easyrl.rewards.shaping import ScoreConfig
 from easyrl.rewards.sources import ResponseBatch, Source
 from easyrl.runtime.metrics import PhaseTimer
+from easyrl.runtime.reference import Logprobs
 from easyrl.sampling.best_of_n import rank_two
 from easyrl.sampling.decode import DecodingConfig, SamplingConfig
 from easyrl.steps.dpo import AnswerBatch, place_answers
-from easyrl.steps.reference import Logprobs
 from easyrl.steps.rollout import LOGPROB_TOLERANCE, SampledBatch, join_samples
 
 EACH = 2  # responses to a prompt
@@ -144,10 +143,6 @@ class OnlinePairs:
     def faults(self, step: int) -> tuple[str, ...]:
         """What the sources of reward did wrong in one of the last two steps: a step's metrics come during the next."""
         return dict(self._faults).get(step, ())
-
-    def loss_of(self, params: dict, numbers: PromptNumbers) -> Mean:
-        """A finite loss: the pairs of a bad step are judged anew, so no sample by itself can be shown to be bad."""
-        return Mean(np.float32(0), np.float32(1))  # type: ignore[arg-type]  # on the host
 
     def draw(self, params: dict, numbers: PromptNumbers) -> tuple[AnswerBatch, dict[str, Any]]:
         """The pairs of a step, chosen before rejected, with the reference's log-probs; and metrics of all responses.

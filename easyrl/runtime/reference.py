@@ -27,13 +27,13 @@ from easyrl.core.sharding import fetch
 from easyrl.data.dataset import Dataset
 from easyrl.data.loader import Batch, Loader
 from easyrl.models.families import ModelConfig
+from easyrl.runtime.progress import SECONDS_BETWEEN_LINES
 from easyrl.steps.dpo import AnswerBatch, make_answer_logprobs, place_answers
 
 Array = jax.Array
 Logprobs = Callable[[Array, Array, Plans], Array]  # (tokens, mask, plan) -> float32 [B]
 
 VERSION = 2  # of the files, of what a log-prob means and of mismatches: a change of any makes earlier files useless
-SECONDS_BETWEEN_LINES = 30.0  # of the progress bar in a log file
 PART = 1024  # samples in a file, about: what a kill may cost
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
@@ -33,16 +34,33 @@ def continue_named(config: C, script: str) -> C:
 
     Going on takes more than weights; --load_checkpoint becomes again what that run started from. With --resume other
     than auto, and for checkpoints of other scripts, --load_checkpoint means weights, and the config is as it was.
+    A run that has gone on from REF and has checkpoints of its own needs REF no more, which may be gone.
     """
     ref = getattr(config, "load_checkpoint", "")
     if config.resume != AUTO or not ref.startswith(KIND):
         return config
-    folder, step = find_checkpoint(ref.removeprefix(KIND), "--load_checkpoint")
-    facts = read_facts(folder, step)
+    facts = _own_facts(config)
+    if facts is None or facts["script"] != script or facts["config"].get("resume") != ref:
+        facts = read_facts(*find_checkpoint(ref.removeprefix(KIND), "--load_checkpoint"))
     if facts["script"] != script:
         return config
     changes: dict[str, Any] = {"resume": ref, "load_checkpoint": facts["config"]["load_checkpoint"]}
     return dataclasses.replace(config, **changes)
+
+
+def _own_facts(config: RunConfig) -> dict[str, Any] | None:
+    """Those of the run's newest checkpoint; None where it has none, or a folder that is still to be named."""
+    if not config.checkpoint_dir and (not config.output_dir or "://" in config.output_dir):  # which is refused later
+        return None
+    place = config.checkpoint_dir or os.path.join(config.output_dir, "checkpoints")
+    folder = epath.Path(place).expanduser()
+    step = newest_step(folder, _named(config, folder))
+    return None if step is None else read_facts(folder, step)
+
+
+def _named(config: RunConfig, folder: epath.Path) -> str:
+    """The flag that names the folder of the run's checkpoints, with its value."""
+    return f"--checkpoint_dir={config.checkpoint_dir}" if config.checkpoint_dir else f"--output_dir={folder.parent}"
 
 
 def find_source(config: RunConfig, folder: epath.Path) -> Source | None:
@@ -54,20 +72,37 @@ def find_source(config: RunConfig, folder: epath.Path) -> Source | None:
     named = config.resume.startswith(KIND)
     if not named and config.resume not in (AUTO, OWN, NEVER):
         raise UserError(f"--resume={config.resume}: expected auto, own, never, easyrl::DIR or easyrl::DIR/STEP")
-    flag = f"--checkpoint_dir={config.checkpoint_dir}" if config.checkpoint_dir else f"--output_dir={folder.parent}"
+    flag = _named(config, folder)
     own = newest_step(folder, flag)
     if config.resume == NEVER:
         return None
     if named:
-        source, step = find_checkpoint(config.resume.removeprefix(KIND), "--resume")
-        if own is None:
-            return Source(source, step, read_facts(source, step), f"--resume={config.resume}")
-        if _same_place(source, folder) and step < own:
-            raise UserError(
-                f"--resume={config.resume}: the run has gone on to step {own} since; to go on from step {step}, give "
-                "another --output_dir"
-            )
+        try:
+            source, step = find_checkpoint(config.resume.removeprefix(KIND), "--resume")
+        except UserError:
+            if own is None:
+                raise
+        else:
+            if own is None:
+                return Source(source, step, read_facts(source, step), f"--resume={config.resume}")
+            if _same_place(source, folder) and step < own:
+                raise UserError(
+                    f"--resume={config.resume}: the run has gone on to step {own} since; to go on from step {step}, "
+                    "give another --output_dir"
+                )
     return None if own is None else Source(folder, own, read_facts(folder, own), flag)
+
+
+def check_not_elsewhere(config: RunConfig, usual: Path) -> None:
+    """Raises UserError where the `usual` place holds checkpoints, for a run whose --checkpoint_dir holds none: it would
+    start anew.
+    """
+    step = newest_step(epath.Path(usual), f"--output_dir={usual.parent}")
+    if step is not None:
+        raise UserError(
+            f"--checkpoint_dir={config.checkpoint_dir}: holds no whole checkpoint, while {usual} holds step {step}; "
+            f"go on there without the flag, or with --resume={KIND}{usual}, or start anew with --resume=never"
+        )
 
 
 def _same_place(one: epath.Path, other: epath.Path) -> bool:

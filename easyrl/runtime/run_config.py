@@ -34,7 +34,7 @@ class RunConfig:
     )  # fmt: skip
     attention: str = flag(
         "auto", "How attention is computed. auto: cuDNN on GPUs, splash (a kernel) on TPUs from v4 on, elsewhere "
-        "blocks of queries without later keys, of which in long rows one holds its scores at a time; xla: all pairs.",
+        "blocks: a block of queries at a time, each with the keys up to its end; xla: all pairs.",
         choices=("auto", "xla", "blocks", "splash", "cudnn"), may_change=True,
     )  # fmt: skip
     output_dir: str = flag(

@@ -17,7 +17,7 @@ from easyrl.core.distributed import from_first, is_first, say
 from easyrl.core.errors import UserError
 from easyrl.core.files import set_aside, write_atomic
 
-LOCK = ".lock"
+LOCK, RUN_ID = ".lock", "run_id.txt"
 # What a run writes besides config.yaml, metrics.jsonl, samples.jsonl and checkpoints, each set aside by who writes it.
 OTHERS = re.compile(r"hf|hf_best|hf_value|hf-\d+|best\.json|report\.html|rollouts|batches|tensorboard|wandb_id\.txt")
 
@@ -58,14 +58,34 @@ class RunDir:
     def report(self) -> Path:
         return self.path / "report.html"
 
-    def begin(self, config: Any, *, start: int) -> None:
+    @property
+    def run_id(self) -> str:
+        """Of the run whose files are here, the same on every process; "" of none, and of one from before runs had any.
+
+        Raises UserError where the place cannot be read.
+        """
+
+        def read() -> str:
+            try:
+                return (self.path / RUN_ID).read_text(encoding="utf-8").strip()
+            except FileNotFoundError:
+                return ""
+            except (OSError, ValueError) as error:
+                raise UserError(f"--output_dir={self.path}: cannot read {RUN_ID}: {error}") from None
+
+        return from_first(read)
+
+    def begin(self, config: Any, *, start: int, run_id: str) -> None:
         """The first thing that a run does once nothing is wrong with it: writes the resolved `config`, on process 0.
 
         `start` is the step that it goes on from in this folder. A run that is new there (0) leaves an earlier one's
-        files under other names.
+        files under other names, and its `run_id`, with which its checkpoints know this folder again.
         """
         if is_first() and start == 0:
             with self.writing():
+                # First, so that what a run that is killed here has not moved yet is moved by the next one.
+                with write_atomic(self.path / RUN_ID) as part:
+                    part.write_text(run_id, encoding="utf-8")
                 kept = [set_aside(path).name for path in sorted(self.path.iterdir()) if OTHERS.fullmatch(path.name)]
             if kept:
                 say(f"files of an earlier run in {self.path} have other names now: {', '.join(kept)}")

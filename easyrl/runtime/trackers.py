@@ -1,8 +1,11 @@
 """Where metrics and samples go: JSON lines always, Weights & Biases and TensorBoard by flag."""
 
+import math
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from easyrl.core.config import flag, to_dict
@@ -14,6 +17,8 @@ from easyrl.runtime.run_dir import RunDir
 from easyrl.runtime.troubles import Troubles
 
 Sample = dict[str, Any]
+
+FLUSH_SECONDS = 120  # between waits for TensorBoard's events to be on the disk
 
 
 @dataclass(frozen=True)
@@ -47,28 +52,26 @@ def start_trackers(
     """The trackers that `logger` asks for, JSON lines first; none on other processes than 0.
 
     `config` is the script's resolved configuration, shown with the run; `start` is the step the run goes on from in its
-    folder, 0 for one that is new there; `troubles` is told when JSON lines cannot be written.
+    folder, 0 for one that is new there; `troubles` is told what cannot be written, of the others also for reasons of
+    their own: a run does not end for them.
     """
     if not is_first():
         return []
+    troubles = troubles or Troubles()
     with run.writing():
         trackers: list[Tracker] = [JsonlTracker(run, start, troubles)]
     if logger.wandb or logger.online:
-        trackers.append(WandbTracker(logger, run, to_dict(config)))
+        trackers.append(_Tolerated(WandbTracker(logger, run, to_dict(config)), "metrics to Weights & Biases", troubles))
     if logger.tensorboard:
-        trackers.append(TensorboardTracker(run, start))
+        with run.writing():
+            trackers.append(_Tolerated(TensorboardTracker(run, start), "metrics to TensorBoard", troubles))
     return trackers
 
 
-def tracker_hooks(
-    trackers: Sequence[Tracker], log_freq: int, total: int, troubles: Troubles | None = None
-) -> list[Hook]:
+def tracker_hooks(trackers: Sequence[Tracker], log_freq: int, total: int) -> list[Hook]:
     """Hooks that hand metrics to the trackers: every step to JSON lines, to the others those that `log_freq` divides,
     those with an evaluation and the last of `total`.
-
-    `troubles` is told of those that cannot write.
     """
-    troubles = troubles or Troubles()
 
     def shown(info: StepInfo) -> bool:
         evaluated = any(name.startswith("eval/") for name in info.metrics)
@@ -79,9 +82,29 @@ def tracker_hooks(
             if isinstance(tracker, JsonlTracker) or shown(info):
                 tracker.log(info.step, info.metrics)
 
-        return troubles.tolerate(Hook(on_step, close=tracker.close), type(tracker).__name__)
+        return Hook(on_step, close=tracker.close)
 
     return [hook(tracker) for tracker in trackers]
+
+
+class _Tolerated:
+    """A tracker that raises nothing: `troubles` is told that `thing` could not be written."""
+
+    def __init__(self, tracker: Tracker, thing: str, troubles: Troubles):
+        self._tracker = tracker
+        self._attempt = partial(troubles.attempt, thing, any_error=True)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        with self._attempt():
+            self._tracker.log(step, metrics)
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        with self._attempt():
+            self._tracker.log_samples(step, samples)
+
+    def close(self) -> None:
+        with self._attempt(then="without it"):
+            self._tracker.close()
 
 
 class JsonlTracker:
@@ -153,27 +176,62 @@ class WandbTracker:
 
 
 class TensorboardTracker:
-    """TensorBoard event files in the run's `tensorboard/` folder."""
+    """TensorBoard event files in the run's `tensorboard/` folder.
+
+    tensorboardX's `SummaryWriter` writes in a thread that the first error of a disk ends, and then waits for it for
+    ever. Here the error is raised, and the events after it go to a new file: nobody reads on behind a torn one.
+    """
 
     def __init__(self, run: RunDir, start: int = 0):
         try:
-            from tensorboardX import SummaryWriter
+            import tensorboardX.event_file_writer
+            import tensorboardX.proto.event_pb2
+            import tensorboardX.summary
         except ImportError as error:
             raise UserError("--logger.tensorboard: tensorboardX is not installed; pip install tensorboardX") from error
-        # Events of steps that the run does again are hidden.
-        self._writer = SummaryWriter(logdir=str(run.path / "tensorboard"), purge_step=start + 1 if start else None)
+        self._library, self._folder = tensorboardX, run.path / "tensorboard"
+        self._file, self._flushed = self._open(), -math.inf
+        if start:  # events of steps that the run does again are hidden
+            messages = tensorboardX.proto.event_pb2
+            again = messages.SessionLog(status=messages.SessionLog.START)
+            self._write([messages.Event(step=start + 1, session_log=again)])
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        scalar = self._library.summary.scalar
+        self._write_summaries(step, [scalar(name, value) for name, value in metrics.items()])
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        summaries = []
         for number, sample in enumerate(samples):
             text = "\n\n".join(f"**{name}**\n\n{value}" for name, value in sample.items())
-            self._writer.add_text(f"samples/{number}", text, step)
+            summaries.append(self._library.summary.text(f"samples/{number}", text))
+        self._write_summaries(step, summaries)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> Any:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # The library's own part of the name is the second.
+        prefix, suffix = str(self._folder / "events"), f".{uuid.uuid4().hex[:12]}"
+        return self._library.event_file_writer.EventsWriter(prefix, suffix)
+
+    def _write_summaries(self, step: int, summaries: Sequence[Any]) -> None:
+        self._write([self._library.proto.event_pb2.Event(step=step, summary=summary) for summary in summaries])
+
+    def _write(self, events: Sequence[Any]) -> None:
+        try:
+            self._file = self._file or self._open()
+            for event in events:
+                event.wall_time = time.time()
+                self._file.write_event(event)
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = time.monotonic()
+        except OSError:
+            self._file = None
+            raise
 
 
 def _kept_id(run: RunDir) -> str:

@@ -37,12 +37,14 @@ class Troubles:
         return thing in self._open
 
     @contextlib.contextmanager
-    def attempt(self, thing: str, then: str = "trying again next time") -> Iterator[None]:
-        """A block that writes `thing`. When a disk or store fails it, that is noted and the block left."""
+    def attempt(self, thing: str, then: str = "trying again next time", *, any_error: bool = False) -> Iterator[None]:
+        """A block that writes `thing`. When a disk or store fails it, or with `any_error` anything does, that is noted
+        and the block left.
+        """
         try:
             yield
         except Exception as error:
-            if not is_of_the_disk(error):
+            if not (any_error or is_of_the_disk(error)):
                 raise
             self.add(thing, error, then)
         else:

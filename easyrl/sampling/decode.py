@@ -121,6 +121,7 @@ def make_sampling(
     logprob_space: str = "sampling",
     num_samples: int = 1,
     decode_rows: int = 0,
+    unstacked: bool = False,
     mesh: Mesh | None = None,
 ) -> Callable[..., Samples]:
     """The jitted `sample(params, prompts_BP, prompt_lengths_B, plans, key, sample_ids) -> Samples`.
@@ -134,6 +135,8 @@ def make_sampling(
     A row's response is a function of the weights, its prompt, `key` and its sample id: token t is drawn with
     fold_in(fold_in(key, sample_id), t), so neither its neighbours nor the batch size, the padding or the mesh matter,
     nor does whether it waits.
+    Decoding has a copy of the weights, as `models.trunk.unstack_layers` lays them out. With `unstacked` the params are
+    laid out so already: nothing is copied, and the prefill's layers are unrolled, too.
     `key` should encode the seed and the step. A response stops with the first of `stop_ids` that it samples, and holds
     no other; nothing is appended.
 
@@ -275,7 +278,7 @@ def make_sampling(
         to_samples = lambda x: by_row(jnp.repeat(x, num_samples, axis=0))
         prompt_lengths_B = to_samples(prompt_lengths_B)
         B = B * num_samples
-        decode_params = unstack_layers(params, cfg, decode_shard)
+        decode_params = params if unstacked else unstack_layers(params, cfg, decode_shard)
         rows = _Rows(
             steps=jnp.zeros((), jnp.int32),
             prompt_lengths_B=prompt_lengths_B,

@@ -6,7 +6,7 @@ An answer's log-prob is the sum over its tokens, in the convention of `steps.log
 Both answers of a pair must come out of the same forward pass to get their gradient, so a plan keeps them in one group
 (`place_answers` refuses any other). Losses are means over all pairs of the batch, whatever the packing and grouping.
 The reference enters as numbers, one for each answer: whether they were computed beforehand and kept on disk
-(`steps.reference`) or a moment ago by a reference model in memory, the step is the same.
+(`runtime.reference`) or a moment ago by a reference model in memory, the step is the same.
 """
 
 import dataclasses
@@ -188,7 +188,7 @@ def make_dpo_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mes
 def make_dpo_eval(cfg: ModelConfig, mesh: Mesh, config: DPOConfig) -> Callable:
     """`evaluate(params, batch: AnswerBatch) -> sums`, jitted: the metrics of the loss, without a gradient.
 
-    Add up the batches of a data set with `core.masking.add_means`, then take `with_total_loss` of the sum.
+    Add up the batches of a data set with `core.masking.add_metrics`, then take `with_total_loss` of the sum.
     """
     objective = _objective(cfg, mesh, config)
 

@@ -67,7 +67,7 @@ def make_kto_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mes
 def make_kto_eval(cfg: ModelConfig, mesh: Mesh, config: DPOConfig) -> Callable:
     """`evaluate(params, batch: KTOBatch) -> sums`, jitted: the metrics of the loss, each batch with a z0 of its own.
 
-    Add up the batches of a data set with `core.masking.add_means`, then take `with_margins` of the sum.
+    Add up the batches of a data set with `core.masking.add_metrics`, then take `with_margins` of the sum.
     """
     objective = _objective(cfg, mesh, config)
 

@@ -1,6 +1,7 @@
 """AdamW and learning-rate schedules, by EasyLM's names."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,11 @@ def make_schedule(
         return after_warmup[kind]
     warmup = optax.linear_schedule(0.0, lr, warmup_updates)
     return optax.join_schedules([warmup, after_warmup[kind]], [warmup_updates])
+
+
+def updates_in(share: float, of: int) -> int:
+    """The least number of updates, or steps, that make up this `share` of so many."""
+    return math.ceil(round(share * of, 6))  # 0.07 * 100 is 7.000000000000001
 
 
 def decayed(params: dict) -> dict:

@@ -1,21 +1,11 @@
-"""PPO's device side: score a batch of samples once, then update from the frozen record.
+"""PPO's updates: optimizer steps of policy and value model on minibatches of the rollout that `steps/scoring.py` froze.
 
-    forward   packed passes of policy, reference and value model over the samples
-    finish    rewards, advantages and returns: the `Rollout`, after which nothing "old" can change
-    update    one optimizer step on a minibatch of the `Rollout`
-
-Index convention, everywhere: `x[b, t]` belongs to the action that emits `tokens[b, t + 1]`. So `logprobs[b, t]` scores
-that token, `values[b, t]` is the value of the text up to token t, and `mask[b, t]` is True where that token is part of
-a response.
-
-With --num_layers_unfrozen the three models are tops on one frozen bottom (`models/branch.py`). `forward` runs it once
-for all of them, and its hidden states stay with the rollout, so that no update runs it again. Without, they are whole
-models, the bottom is None and so are the hidden states.
+With --num_layers_unfrozen the models are tops on one frozen bottom (`models/branch.py`), whose hidden states are in the
+rollout. Without, they are whole models, and the bottom is None.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -23,131 +13,30 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from easyrl.algos import advantages as adv
-from easyrl.algos.kl import adaptive_kl_coef, kl_estimate
+from easyrl.algos.kl import kl_estimate
 from easyrl.algos.ppo import entropy_bonus, policy_loss, value_loss
-from easyrl.core.config import flag
-from easyrl.core.errors import UserError
-from easyrl.core.groups import PackPlan, Plans, gather, over_groups, scatter
-from easyrl.core.masking import Mean, all_finite, constant_mean, masked_sum, mean_of
-from easyrl.core.sharding import Shard, replicated, sharding_for, stand_in
+from easyrl.core.groups import PackPlan, Plans, gather
+from easyrl.core.masking import Mean, constant_mean, masked_sum
+from easyrl.core.sharding import Shard, replicated, stand_in
 from easyrl.models.branch import trained_layers, with_embeddings
-from easyrl.models.families import ModelConfig, param_specs
+from easyrl.models.config import ModelConfig
+from easyrl.models.families import param_specs
 from easyrl.models.heads import scalar
-from easyrl.models.trunk import run_layers, trunk
+from easyrl.models.trunk import trunk
 from easyrl.steps.logprobs import next_token_logprobs
+from easyrl.steps.optimizer import make_schedule
 from easyrl.steps.packed import count_planned, grads_over_groups
+from easyrl.steps.ppo_config import PPOConfig
+from easyrl.steps.scoring import KEPT, PICKED, Rollout
 from easyrl.steps.segments import packed_rows
-from easyrl.steps.state import TrainState, apply_gradients, state_shardings
+from easyrl.steps.state import TrainState, abstract_train_state, apply_gradients, state_shardings
 
 Array = jax.Array
-
-# Hidden states [R, S, D] are kept split by width, so that picking rows of them needs no other device. On their way
-# between there and the batch's split by rows they pass through a form from which each is one exchange away.
-KEPT, PICKED = (None, None, "kept_width"), (None, None, "picked_width")
-HIDDEN = "hidden states that updates start from"
-
-
-@dataclasses.dataclass(frozen=True)
-class PPOConfig:
-    """The algorithm's own numbers. Inherited by the script's config, so the flags carry EasyLM's plain names."""
-
-    temperature: float = flag(0.7, "Sampling temperature of the rollouts.", above=0)
-    logprob_space: str = flag(
-        "sampling",
-        "Distribution whose log-probs enter ratio and KL: after the temperature, or the model's own at temperature 1.",
-        choices=("sampling", "model"),
-    )
-    old_logprobs: str = flag(
-        "trainer",
-        "Who computes the log-probs before the update, which the ratio starts from: the trainer, in a pass of its own, "
-        "or the sampler, which saves that pass; the first ratios are then 1 up to what the two round differently.",
-        choices=("trainer", "sampler"),
-    )
-    kl_coef: float = flag(0.05, "Weight of the KL penalty; the starting weight when --kl_target is set.", least=0)
-    kl_estimator: str = flag("k1", "Per-token KL estimator of the penalty.", choices=("k1", "k2", "k3"))
-    kl_in: str = flag("reward", "Where the KL penalty goes.", choices=("reward", "loss"))
-    kl_target: float = flag(
-        0.0, "Sequence KL, in nats, that the adaptive controller aims for. 0: --kl_coef stays fixed.", least=0
-    )
-    kl_horizon: float = flag(10000.0, "Samples over which the adaptive controller acts.", above=0)
-    gamma: float = flag(1.0, "Discount per token.", least=0, most=1)
-    lam: float = flag(0.95, "Lambda of generalised advantage estimation.", least=0, most=1)
-    cliprange: float = flag(0.2, "The ratio is clipped to [1 - cliprange, 1 + cliprange].", above=0, most=1)
-    cliprange_high: float = flag(
-        0.0, "Upper clip when it differs from the lower (clip-higher). 0: --cliprange.", least=0
-    )
-    dual_clip: float = flag(0.0, "Bound on the ratio for negative advantages (Ye et al. 2020), above 1. 0: off.")
-    cliprange_value: float = flag(0.2, "Values are clipped to old value +- cliprange_value.", above=0)
-    vf_coef: float = flag(0.1, "Weight of the value loss.", least=0)
-    entropy_coef: float = flag(0.0, "Weight of the entropy bonus.")
-    whiten_rewards: bool = flag(False, "Scale the token rewards to unit variance (their mean is kept).")
-    whiten_advantages: bool = flag(True, "Whiten the advantages once over the whole batch of rollouts.")
-    target_kl: float = flag(
-        0.0, "Stop updating on a batch once its approximate KL from the sampler exceeds this. 0: never.", least=0
-    )
-    num_layers_unfrozen: int = flag(
-        0, "Hydra: train this many top layers of policy and value model, over one frozen bottom that they share with "
-        "the reference. 0 or -1: all layers of each model.", least=-1,
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        if self.dual_clip != 0 and not self.dual_clip > 1:
-            raise UserError(f"--dual_clip={self.dual_clip:g}: expected 0 (off) or more than 1")
-        if self.kl_target and not self.kl_coef:
-            raise UserError("--kl_coef=0: it is the starting weight of --kl_target, expected more than 0")
-
-    @property
-    def logprob_temperature(self) -> float:
-        """The temperature at which every log-prob of a run is taken."""
-        return self.temperature if self.logprob_space == "sampling" else 1.0
-
-
-class Passes(flax.struct.PyTreeNode):
-    """What the models say of the samples."""
-
-    old_logprobs: Array  # float32 [B, T], 0 outside the mask, as are the next three
-    ref_logprobs: Array
-    values: Array
-    entropies: Array
-    hidden: Array | None = None  # [B, T, D] in the compute dtype: what comes out of the shared bottom
-
-
-class Rollout(flax.struct.PyTreeNode):
-    """A scored batch of samples. Frozen: computed once, and the update can only read it."""
-
-    tokens: Array  # int32 [B, T], prompt then response, padded on the right
-    mask: Array  # bool [B, T]
-    old_logprobs: Array  # float32 [B, T], as are the rest
-    ref_logprobs: Array
-    values: Array
-    penalties: Array  # the KL part of the token rewards
-    rewards: Array  # penalties plus the score on the last token, before any whitening
-    advantages: Array
-    returns: Array
-    scores: Array  # float32 [B]
-    finite: Array  # bool scalar: no number that an update reads is NaN or infinite; otherwise none is made
-    hidden: Array | None = None  # [B, T, D], as in `Passes`
 
 
 def branch_specs(cfg: ModelConfig, head: str, ppo: PPOConfig) -> dict:
     """The parameters that policy (head `lm`), reference or value model (`value`) have for themselves."""
     return param_specs(cfg, head, trained_layers(cfg.num_layers, ppo.num_layers_unfrozen))
-
-
-def abstract_passes(policy_cfg: ModelConfig, ppo: PPOConfig, samples: int, width: int, mesh: Mesh) -> Passes:
-    """Stand-ins for what `forward` returns of `samples` samples of up to `width` tokens."""
-    numbers = stand_in(mesh, jnp.float32, samples, width)
-    hidden = None
-    if trained_layers(policy_cfg.num_layers, ppo.num_layers_unfrozen).start:
-        shape = (samples, width, policy_cfg.width)
-        hidden = jax.ShapeDtypeStruct(shape, policy_cfg.dtype, sharding=sharding_for(KEPT, shape, mesh, HIDDEN))
-    return Passes(numbers, numbers, numbers, numbers, hidden)  # type: ignore[arg-type]  # abstract
-
-
-def abstract_rollout(finish: Callable, arguments: tuple, mesh: Mesh) -> Rollout:
-    """Stand-ins for the rollout that `finish` returns for these arguments."""
-    return jax.tree.map(lambda x: stand_in(mesh, x.dtype, *x.shape), jax.eval_shape(finish, *arguments)[0])
 
 
 class PPOState(flax.struct.PyTreeNode):
@@ -158,91 +47,31 @@ class PPOState(flax.struct.PyTreeNode):
     kl_coef: Array  # float32 scalar
 
 
-def make_forward(
-    policy_cfg: ModelConfig, ref_cfg: ModelConfig, value_cfg: ModelConfig, ppo: PPOConfig, mesh: Mesh
-) -> Callable:
-    """`forward(policy_params, ref_params, value_params, tokens, mask, plan, bottom=None, sampler=None)`, jitted, which
-    returns `Passes`.
-
-    One pass of each model over the packed rows of `plan`, and of the `bottom` that they share, if any; but none of the
-    policy where `sampler` is given, the log-probs and entropies [B, T] of the samples as they were drawn. Policy and
-    reference may differ in size where they share none. Raises UserError naming --mesh_dim when the hidden states to be
-    kept do not divide over the devices.
-    """
-    shard, whole = Shard(mesh), replicated(mesh)
-    policy_cfg, ref_cfg, value_cfg = (cfg.without_gradient for cfg in (policy_cfg, ref_cfg, value_cfg))
-    logprobs_of = functools.partial(next_token_logprobs, temperature=ppo.logprob_temperature, shard=shard)
-    shared = trained_layers(policy_cfg.num_layers, ppo.num_layers_unfrozen).start > 0
-    D = policy_cfg.width
-    kept = sharding_for(KEPT, (1, 1, D), mesh, HIDDEN) if shared else whole
-
-    @functools.partial(jax.jit, out_shardings=Passes(whole, whole, whole, whole, kept))  # type: ignore[arg-type]
-    def forward(
-        policy_params, ref_params, value_params, tokens, mask, plan: Plans, bottom=None, sampler=None
-    ) -> Passes:
-        def body(group: PackPlan, passes: Passes) -> Passes:
-            rows = packed_rows(group, tokens, shard)
-            wanted = gather(mask, group.source_GRS, False)
-            below = run_layers(bottom, policy_cfg, *rows, shard=shard)[0] if shared else None
-            old_logprobs = entropies = jnp.zeros(wanted.shape, jnp.float32)
-            if sampler is None:
-                policy = with_embeddings(bottom, policy_params)
-                old_logprobs, entropies = logprobs_of(policy, policy_cfg, *rows, wanted=wanted, below=below)
-            reference = with_embeddings(bottom, ref_params)
-            ref_logprobs, _ = logprobs_of(reference, ref_cfg, *rows, wanted=wanted, below=below)
-            top, _ = trunk(value_params, value_cfg, *rows, below=below, shard=shard)
-            values = scalar(value_params, value_cfg, top)
-            hidden = None if below is None else shard(shard(below, *PICKED), *KEPT)
-            new = Passes(old_logprobs, ref_logprobs, values, entropies, hidden)
-            return jax.tree.map(lambda into, x: scatter(into, group.source_GRS, x), passes, new)
-
-        zeros = jnp.zeros(tokens.shape, jnp.float32)
-        hidden = shard(jnp.zeros((*tokens.shape, D), policy_cfg.dtype), *KEPT) if shared else None
-        passes = over_groups(plan, Passes(zeros, zeros, zeros, zeros, hidden), body)
-        if sampler is not None:
-            passes = passes.replace(old_logprobs=sampler[0], entropies=sampler[1])
-        return jax.tree.map(lambda x: jnp.where(mask, x, 0.0) if x.ndim == 2 else x, passes)
-
-    return forward
+def make_ppo_schedules(
+    kind: str, lr: float, value_lr: float, *, policy_updates: int, value_updates: int, warmup_updates: int = 0
+) -> tuple[optax.Schedule, optax.Schedule]:
+    """Learning rates of policy and value model, each over the updates of its own. `value_lr` 0: as the policy's."""
+    return (
+        make_schedule(kind, lr, policy_updates, warmup_updates),
+        make_schedule(kind, value_lr or lr, value_updates, warmup_updates),
+    )
 
 
-def make_finish(ppo: PPOConfig, mesh: Mesh) -> Callable:
-    """`finish(tokens, mask, passes, scores, kl_coef) -> (Rollout, next kl_coef, metrics)`, jitted.
-
-    Token rewards are -kl_coef * KL estimate (with --kl_in=reward) plus the score on the response's last token. The next
-    coefficient is the same one, or the adaptive controller's when --kl_target is set.
-    """
-
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def finish(tokens, mask, passes: Passes, scores, kl_coef) -> tuple[Rollout, Array, dict[str, Mean]]:
-        kl = kl_estimate(ppo.kl_estimator, passes.old_logprobs, passes.ref_logprobs, mask)
-        reward_kl_coef = kl_coef if ppo.kl_in == "reward" else 0.0
-        rewards = adv.token_rewards(scores, kl, mask, kl_coef=reward_kl_coef)
-        scaled_rewards = adv.whiten(rewards, mask, shift_mean=False) if ppo.whiten_rewards else rewards
-        raw_advantages, returns = adv.gae(scaled_rewards, passes.values, mask, ppo.gamma, ppo.lam)
-        advantages = adv.whiten(raw_advantages, mask) if ppo.whiten_advantages else raw_advantages
-        read = (passes.old_logprobs, passes.ref_logprobs, passes.values, rewards, advantages, returns)
-        rollout = Rollout(
-            tokens=tokens,
-            mask=mask,
-            old_logprobs=passes.old_logprobs,
-            ref_logprobs=passes.ref_logprobs,
-            values=passes.values,
-            penalties=-reward_kl_coef * kl,
-            rewards=rewards,
-            advantages=advantages,
-            returns=returns,
-            scores=scores,
-            finite=all_finite(mask, *read),
-        )
-        metrics = _rollout_metrics(rollout, passes.entropies, kl_coef)
-        if ppo.kl_target:
-            observed = metrics["objective/kl"]  # over the responses that are learnt from
-            adapted = adaptive_kl_coef(kl_coef, observed.value, ppo.kl_target, observed.count, ppo.kl_horizon)
-            kl_coef = jnp.where(rollout.finite, adapted, kl_coef)
-        return rollout, kl_coef, metrics
-
-    return finish
+def abstract_ppo_state(
+    policy_cfg: ModelConfig,
+    value_cfg: ModelConfig,
+    ppo: PPOConfig,
+    dtype: Any,
+    policy_optimizer: optax.GradientTransformation,
+    value_optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> PPOState:
+    """Shapes, types and shardings of a state with parameters of this `dtype`: what a checkpoint is restored into."""
+    return PPOState(
+        abstract_train_state(branch_specs(policy_cfg, "lm", ppo), dtype, policy_optimizer, mesh),
+        abstract_train_state(branch_specs(value_cfg, "value", ppo), dtype, value_optimizer, mesh),
+        stand_in(mesh, jnp.float32),
+    )
 
 
 def make_update(
@@ -259,9 +88,10 @@ def make_update(
 
     One optimizer step of policy and value model on the minibatch that `plan` picks from the rollout. Losses are means
     over all response tokens of the minibatch, however it is packed and split. `stopped` (bool scalar) carries
-    --target_kl: once a minibatch exceeds it, this and the later updates of the batch change nothing; nor does a
-    minibatch without a token to learn from, not even by momentum, nor one from a rollout that is not `finite`; and a
-    model whose loss or gradient is not finite stays as it was. With `train_policy=False` (critic warm-up) only the
+    --target_kl: once a minibatch exceeds it, this and the later updates of the batch change nothing, and the later ones
+    compute nothing and count in no mean. Nor does a minibatch without a token to learn from change anything, not even
+    by momentum, nor one from a rollout that is not `finite`; and a model whose loss or gradient is not finite stays as
+    it was. With `train_policy=False` (critic warm-up) only the
     value model runs and learns. Of the `bottom` that the models share, if any, only embeddings are read, and those only
     by a head that is tied to them: the rollout has its hidden states.
     """
@@ -331,11 +161,14 @@ def make_update(
     def update(state: PPOState, rollout: Rollout, plan: Plans, stopped, bottom=None):
         num_tokens = count_planned(plan, rollout.mask)
         metrics: dict[str, Mean] = {}
-        policy = state.policy
+        policy, runs = state.policy, ~stopped
+        plan = tuple(each.replace(count=jnp.where(runs, each.count, 0)) for each in plan)
         if train_policy:
             policy, stopped, metrics = policy_step(state, rollout, plan, stopped, bottom, num_tokens)
         value, value_metrics = value_step(state, rollout, plan, stopped, num_tokens)
         metrics |= value_metrics
+        for name in {"ppo/policy/grad_norm", "ppo/val/grad_norm"} & metrics.keys():
+            metrics[name] = Mean(metrics[name].total, runs.astype(jnp.float32))
         loss_value = metrics["ppo/loss/value"]
         loss_policy = metrics.get("ppo/loss/policy", Mean(jnp.zeros(()), loss_value.count))
         metrics["ppo/loss/total"] = Mean(loss_policy.total + ppo.vf_coef * loss_value.total, loss_value.count)
@@ -351,32 +184,3 @@ def _packed_rollout(group: PackPlan, rollout: Rollout, shard: Shard) -> Rollout:
     if batch.hidden is None:
         return batch
     return batch.replace(hidden=shard(shard(batch.hidden, *KEPT), *PICKED))
-
-
-def _rollout_metrics(rollout: Rollout, entropies: Array, kl_coef: Array) -> dict[str, Mean]:
-    """Statistics of the samples under the names of EasyLM's fork (docs/metrics.md)."""
-    mask, scores, penalties = rollout.mask, rollout.scores, rollout.penalties
-    each = jnp.any(mask, axis=1)  # a response that is not to be learnt from counts nowhere
-    kl = kl_estimate("k1", rollout.old_logprobs, rollout.ref_logprobs, mask)
-    by_row = lambda x: jnp.sum(jnp.where(mask, x, 0.0), axis=1)
-    lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
-    mean_score = mean_of(scores, each)
-    shortest = jnp.min(lengths, where=each, initial=jnp.max(lengths))
-    return {
-        "objective/kl": mean_of(by_row(kl), each),
-        "objective/kl_per_token": mean_of(kl, mask),
-        "objective/kl_coef": constant_mean(kl_coef),
-        "objective/entropy": mean_of(entropies, mask),
-        "ppo/not_finite": constant_mean(~rollout.finite),
-        "ppo/mean_scores": mean_score,
-        "ppo/std_scores": constant_mean(jnp.sqrt(mean_of(jnp.square(scores - mean_score.value), each).value)),
-        "ppo/mean_score_total": mean_of(by_row(rollout.rewards), each),
-        "ppo/mean_non_score_reward": mean_of(penalties, mask),
-        "ppo/mean_non_score_reward_sum": mean_of(by_row(penalties), each),
-        "ppo/val/mean": mean_of(rollout.values, mask),
-        "ppo/val/explained_variance": adv.explained_variance(rollout.values, rollout.returns, mask),
-        "ppo/returns/mean": mean_of(rollout.returns, mask),
-        "tokens/responses_len_mean": mean_of(lengths, each),
-        "tokens/responses_len_min": constant_mean(shortest),
-        "tokens/responses_len_max": constant_mean(jnp.max(lengths)),
-    }

@@ -13,7 +13,8 @@ from easyrl.core.masking import Mean, add_metrics
 from easyrl.core.sharding import fetch, put, replicated, stand_in
 from easyrl.data.packing import Shape, pack
 from easyrl.steps.packed import abstract_plans, place_plans
-from easyrl.steps.ppo import Passes, PPOState, Rollout, abstract_rollout
+from easyrl.steps.ppo import PPOState
+from easyrl.steps.scoring import Passes, Rollout, abstract_rollout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The sampler's host side: how prompts are packed for the prefill, from their lengths alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +9,10 @@ from jax.sharding import Mesh
 
 from easyrl.core.ahead import Call
 from easyrl.core.groups import PackPlan, Plans
-from easyrl.core.sharding import fetch, num_data_shards, spec_for
+from easyrl.core.sharding import DECODE_RULES, Shard, fetch, num_data_shards, spec_for
 from easyrl.data.packing import Shape, group_shapes, pack_parts
 from easyrl.models.families import ModelConfig
+from easyrl.models.trunk import unstack_layers
 from easyrl.sampling.decode import Samples, SamplingConfig, make_sampling
 from easyrl.steps.packed import fill_plans
 
@@ -40,6 +41,21 @@ class Sampler:
         shards = 1 if self._mesh is None else num_data_shards(self._mesh)
         plans = plan_prompts(fetch(lengths), prompts.shape[1], shards, self._rows)
         return Call("sampling", self._program, (params, prompts, lengths, plans, key, sample_ids))
+
+
+def lay_out_for_decoding(params: dict, cfg: ModelConfig, mesh: Mesh) -> dict:
+    """`params` as a Sampler with `unstacked` takes them, in their place: for weights that never change.
+
+    Each array is given up as soon as it is laid out, so that no more than one is there twice.
+    """
+
+    def run(function: Callable, w: jax.Array, n: int) -> list:
+        program = jax.jit(function)
+        made = jax.block_until_ready([program(w, i) for i in range(n)])
+        w.delete()
+        return made
+
+    return unstack_layers(params, cfg, Shard(mesh, DECODE_RULES), run)
 
 
 def prompt_shapes(prompts: int, width: int, rows: int = 0) -> tuple[Shape, ...]:

@@ -72,7 +72,7 @@ def make_sft_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mes
 def make_sft_eval(cfg: ModelConfig, mesh: Mesh) -> Callable:
     """`evaluate(params, batch: SFTBatch) -> metrics`, jitted: loss and entropy as in training, without a gradient.
 
-    Add up the batches of a data set with `core.masking.add_means`; `perplexity` of the sum is the data set's.
+    Add up the batches of a data set with `core.masking.add_metrics`; `perplexity` of the sum is the data set's.
     """
     objective = _objective(cfg, mesh)
 

@@ -7,16 +7,19 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from easyrl.bench.__main__ import KINDS, main
-from easyrl.bench.measure import Lap, Work
+from easyrl.bench.measure import Lap, Work, trace_lap
 from easyrl.bench.report import figures
 from easyrl.bench.shapes import SHAPES
 from easyrl.core.command_line import load_config
 from easyrl.core.errors import UserError
 from easyrl.core.params import num_params
 from easyrl.models.families import param_specs
+from easyrl.planning.necessary import ForwardFlops
+from easyrl.steps.rollout import SampledBatch
 
 SMALL = ["--model=debug", "--warmup=1", "--repeats=1", "--mesh_dim=1,1,1"]
 SIZES = {
@@ -66,6 +69,8 @@ def test_rows_that_devices_cannot_share_are_one_line(kind):
     [
         ("dpo", ["--batch_size=65"], "--batch_size=65: --workload=w2 has 64 samples, expected at most as many"),
         ("dpo", ["--json=/dev/null/figures.json"], "--json=/dev/null/figures.json: cannot be written"),
+        ("dpo", ["--profile=/dev/null/trace"], "--profile=/dev/null/trace: cannot be written"),
+        ("decode", ["--micro_batch_size=3"], "--micro_batch_size=3: does not divide by dp x fsdp = 8"),
         ("decode", ["--model=1b", "--lengths=real"], "--model: only models up to 34m sample responses of real lengths"),
         ("ppo", ["--mini_batch_size=5"], "--mini_batch_size=5: expected a divisor of 16"),
     ],
@@ -133,6 +138,60 @@ def test_figures_leave_the_warm_up_out():
     assert found["seconds"]["update"]["median"] == 1.0
     assert found["tokens_per_second"] == 20 / 4 and found["samples_per_second"] == 4 / 4
     assert found["padding_share"] == 0.25
+
+
+def test_what_a_device_does_is_held_against_what_one_can_do(monkeypatch):
+    """On a CPU all virtual devices share what one of them reaches."""
+    config = load_config(importlib.import_module("easyrl.bench.decode").Config, ["--warmup=1"])
+    laps = [Lap(2.0, {}, Work(samples=2, tokens=10, flops=4e9, read_bytes=8e8))] * 2
+
+    def shares():
+        found = figures(laps, config, compile_seconds=5.0)
+        return found["flops_per_second"], found["mfu"], found["bandwidth_share"]
+
+    assert shares() == (2e9 / 8, 2.0, 0.4)
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert shares() == (2e9 / 8, 2.0 / 8, 0.4 / 8)
+
+
+def test_each_copy_of_the_weights_is_read():
+    decode = importlib.import_module("easyrl.bench.decode")
+    cfg, lengths = SHAPES["debug"], np.array([8, 8])
+    read = lambda copies, tokens: decode._work(cfg, 2, lengths, np.array([tokens, tokens]), copies=copies).read_bytes
+    flops = ForwardFlops(cfg)
+    weights = 4 * (flops.per_token + flops.head) / 2
+    assert read(2, 5) - read(1, 5) == 5 * weights
+
+
+def test_log_probs_of_the_sampler_spare_a_pass_of_the_policy():
+    ppo = importlib.import_module("easyrl.bench.ppo")
+    tokens, logprobs = np.zeros((2, 12), np.int32), np.zeros((2, 12), np.float32)
+    lengths = np.array([8, 8]), np.array([4, 1])
+    sampled = SampledBatch(tokens, tokens > 0, logprobs, logprobs, *lengths, np.ones(2, bool))
+    flops = ForwardFlops(SHAPES["debug"])
+    done = [ppo._work(SHAPES["debug"], sampled, from_sampler=known).flops for known in (False, True)]
+    assert done[0] - done[1] == flops.sequence(12, logits=4) + flops.sequence(9, logits=1)
+
+
+def test_a_trace_that_fails_costs_no_figures(tmp_path, monkeypatch):
+    module = importlib.import_module("easyrl.bench.sft")
+
+    def fail(step, number, folder):
+        assert number == 2 and folder == tmp_path / "trace"
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("easyrl.bench.report.trace_lap", fail)
+    flags = [*SMALL, *SIZES["sft"], f"--json={tmp_path / 'figures.json'}", f"--profile={tmp_path / 'trace'}"]
+    monkeypatch.setattr("jax.devices", lambda *_: jax.local_devices()[:1])
+    with pytest.raises(OSError, match="the disk is full"):
+        module.main(load_config(module.Config, flags))
+    assert json.loads((tmp_path / "figures.json").read_text())["mfu"] > 0
+
+
+def test_a_lap_is_traced(tmp_path):
+    laps = []
+    trace_lap(lambda number, timer: laps.append(number), 3, tmp_path)
+    assert laps == [3] and any(path.name.endswith("trace.json.gz") for path in tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("kind", ["ppo", "limits"])

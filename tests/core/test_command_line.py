@@ -156,6 +156,7 @@ def test_an_empty_file_or_group_says_nothing(write):
         ("--total_step=1", "unknown flag --total_step: did you mean --total_steps?"),
         ("--mesh=1", "unknown flag --mesh"),
         ("--lr=1", "unknown flag --lr: did you mean --optimizer.lr or --value_optimizer.lr?"),
+        ("--optimizer.total_steps=1", "unknown flag --optimizer.total_steps: did you mean --total_steps?"),
         ("--nototal_steps", "unknown flag --nototal_steps: did you mean --total_steps?"),
         ("--verbosity=1", "unknown flag --verbosity"),  # absl's own
         ("--total_steps=1.5", "--total_steps=1.5: expected an integer"),
@@ -330,9 +331,9 @@ def script(tmp_path_factory):
     path = tmp_path_factory.mktemp("script") / "script.py"
     path.write_text(SCRIPT)
 
-    def run_script(*argv, stdout=subprocess.PIPE, unbuffered=""):
+    def run_script(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, unbuffered=""):
         return subprocess.run(
-            [sys.executable, str(path), *argv], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120,
+            [sys.executable, str(path), *argv], stdout=stdout, stderr=stderr, text=True, timeout=120,
             env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         )  # fmt: skip
 
@@ -407,6 +408,33 @@ def test_ctrl_c_is_an_exception_to_whoever_imports_easyrl_and_once_a_script_runs
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+THREAD = """
+import signal, threading, time
+from dataclasses import dataclass
+from easyrl.core.command_line import run
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+def main(config):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    print("started", flush=True)
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run(main, Config)
+"""
+
+
+def test_an_interrupted_script_waits_for_no_thread():
+    child = subprocess.Popen([sys.executable, "-c", THREAD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "started\n"
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=20)
+    assert (child.returncode, said) == (130, "easyrl: interrupted\n")
+
+
 def test_a_fault_keeps_its_traceback(script):
     done = script("--end=fault")
     assert done.returncode == 1
@@ -419,6 +447,19 @@ def test_help_of_a_script(script):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: script.py [--config=FILE.yaml] [--FLAG=VALUE ...]\n")
     assert "How to end." in done.stdout
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("end", "status"), [("well", 0), ("wrong", 2), ("interrupted", 130)])
+def test_a_script_that_nobody_reads_ends_as_it_would(unbuffered, end, status, script, closed_pipe):
+    done = script(f"--end={end}", stdout=closed_pipe, stderr=closed_pipe, unbuffered=unbuffered)
+    assert done.returncode == status
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_script_whose_log_has_no_room_ends_as_it_would(unbuffered, script):
+    with open("/dev/full", "w") as full:
+        assert script("--end=well", stdout=full, stderr=full, unbuffered=unbuffered).returncode == 0
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

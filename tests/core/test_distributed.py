@@ -1,6 +1,7 @@
 """What several processes agree on, and how they end; tests/test_processes.py runs whole trainers in them."""
 
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -21,13 +22,14 @@ SCRIPT = """
 import dataclasses, time
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from easyrl.core.command_line import run
 from easyrl.core.config import flag
 from easyrl.core.distributed import (
     DistributedConfig, broadcast, check_same, check_same_flags, from_first, gather_texts, meet, say
 )
 from easyrl.core.errors import RunStopped, UserError
-from easyrl.core.sharding import batch_sharding, fetch, make_mesh, put
+from easyrl.core.sharding import fetch, make_mesh, put
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -55,7 +57,7 @@ def main(config):
         time.sleep(200)
     print([text[-1] for text in gather_texts("x" * 300 * me + str(me))], from_first(lambda: [me, 0.1, "é"]))
     print(broadcast((np.int32(me), np.full(2, me + 0.5)))[1].tolist())
-    x = put(np.arange(8.0), batch_sharding(make_mesh("-1,1,1")))
+    x = put(np.arange(8.0), NamedSharding(make_mesh("-1,1,1"), PartitionSpec("dp")))
     assert not x.is_fully_addressable
     print(fetch({"x": x, "n": 1}))
     say("said once")
@@ -133,6 +135,41 @@ def test_nobody_to_be_found_is_one_line():
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "coordinator_address" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("port", ["0", "99999", "²", "-1"])
+def test_a_port_that_cannot_be_is_named(port):
+    with pytest.raises(UserError, match=f"{GROUP}.coordinator_address=here:{port}: expected .* a port from 1 to 65535"):
+        DistributedConfig(True, f"here:{port}")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", ""])
+def test_a_port_that_is_taken_is_named(address, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("JAX would crash"))
+    with socket.create_server((address, 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        first = DistributedConfig(True, place, num_processes=2, process_id=0)
+        with (
+            pytest.raises(UserError, match=f"_address={place}: expected a free port: Address"),
+            first.joined(RunConfig()),
+        ):
+            pass
+
+
+def test_a_port_that_is_free_is_left_to_jax(monkeypatch):
+    monkeypatch.setattr(distributed.signal, "signal", lambda *_: None)
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    started = []
+
+    def initialize(coordinator_address, **_):
+        started.append(coordinator_address)
+        socket.create_server(("", port)).close()
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with DistributedConfig(True, f"127.0.0.1:{port}", num_processes=1, process_id=0).joined(RunConfig()):
+        pass
+    assert started == [f"127.0.0.1:{port}"]
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from easyrl.core.errors import UserError
 from easyrl.core.sharding import (
     Shard,
-    batch_sharding,
     make_mesh,
     num_data_shards,
     parse_mesh_dim,
@@ -97,6 +96,6 @@ def test_shard_pins_an_activation():
 def test_host_arrays_are_placed_in_parts():
     mesh = make_mesh("2,2,2")
     host = {"tokens": np.arange(24).reshape(8, 3)}
-    placed = put(host, batch_sharding(mesh))
+    placed = put(host, NamedSharding(mesh, PartitionSpec(("dp", "fsdp"))))
     np.testing.assert_array_equal(placed["tokens"], host["tokens"])
     assert {shard.data.shape for shard in placed["tokens"].addressable_shards} == {(2, 3)}

@@ -1,19 +1,23 @@
 """Tokenised data: found again in the cache, made anew when anything changes, the same from any number of processes."""
 
-import json
+import multiprocessing
 import os
+import signal
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 
 import numpy as np
 import pytest
 
 import easyrl.data.dataset as dataset_module
 from easyrl.core.errors import UserError
-from easyrl.data.dataset import PackedDatasetConfig, load_dataset
-from easyrl.data.readers import Row, refuse
+from easyrl.data.dataset import HeldOutConfig, PackedDatasetConfig, load_dataset
+from easyrl.data.messages import BadRow
+from easyrl.data.readers import Row, Source, refuse
 from easyrl.data.sequences import Encoder, Limits
 from easyrl.data.templates import load_template
-from easyrl.data.workers import CHUNK, encode_rows
+from easyrl.data.workers import CHUNK, _work, encode_rows
 
 
 @pytest.fixture
@@ -165,11 +169,99 @@ def test_processes_give_the_same_in_order(tokenizer, template):
     assert bad_there[0].reason == "columns" and "row 300" in str(bad_there[0])
 
 
-def die(encoder, end):
+def die(end):
     os._exit(1)
 
 
-def test_a_process_that_dies_is_reported(monkeypatch, template):
-    monkeypatch.setattr("easyrl.data.workers._work", die)
+def die_later(end):
+    end.recv()
+    os._exit(1)
+
+
+@pytest.mark.parametrize("work", [die, die_later])
+def test_a_process_that_dies_is_reported(monkeypatch, template, work):
+    monkeypatch.setattr("easyrl.data.workers._work", work)
+    place = Row("row 1", {"prompt": "q" * 10**6, "completion": "a"})  # more than a pipe holds
     with pytest.raises(UserError, match="num_workers: a tokenising process ended early"):
-        list(encode_rows([Row("row 1", json.loads("{}"))], Encoder("sft", template, Limits(64)), refuse, processes=2))
+        list(encode_rows([place] * 2, Encoder("sft", template, Limits(64)), refuse, processes=2))
+
+
+def tell_mask(end):
+    end.recv()
+    end.recv()
+    end.send([BadRow(str(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())), "")])
+
+
+def test_processes_start_empty_handed_and_leave_ctrl_c_to_this_one(monkeypatch, template):
+    """What a process is started with is written before it reads: more than a pipe holds would wait for all imports."""
+    monkeypatch.setattr("easyrl.data.workers._work", tell_mask)
+    started = []
+    start = SpawnProcess.start
+
+    def starting(process):
+        started.append(process._args)
+        start(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", starting)
+    found = []
+    assert not list(encode_rows(rows(1), Encoder("sft", template, Limits(64)), found.append, processes=2))
+    assert [str(error) for error in found] == ["True"]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert [[type(arg) for arg in args] for args in started] == [[Connection]] * 2
+
+
+def test_a_process_whose_starter_is_gone_ends(template):
+    here, there = multiprocessing.Pipe()
+    here.send(Encoder("sft", template, Limits(64)))
+    here.close()
+    _work(there)
+
+
+def test_as_many_processes_as_cores_and_text(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
+    assert [dataset_module._worth(size * 1_000_000) for size in (0, 20, 40, 10_000)] == [1, 1, 2, 3]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert dataset_module._worth(10**12) == 64
+
+
+def test_hosts_that_read_other_tokens_are_refused(write_rows, template, monkeypatch):
+    said = []
+    monkeypatch.setattr(dataset_module, "check_same", lambda what, found: said.append(found))
+    for answer in ("one", "two", "one"):
+        load(write_rows([{"prompt": "q", "completion": answer}], f"{answer}.jsonl"), template)
+    assert said[0] == said[2] != said[1]
+
+
+def test_lines_are_counted_for_the_bar_alone(write_rows, template, monkeypatch):
+    monkeypatch.setattr(Source, "num_rows", lambda source: pytest.fail("counted"))
+    monkeypatch.setattr(dataset_module, "quiet", lambda: True)
+    assert len(load(write_rows(rows(3)), template)) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"split": "[:9]"}, "--eval_dataset.split=[:9]: needs --eval_dataset.path, which is not given"),
+        ({"skip_bad_rows": True}, "--eval_dataset.skip_bad_rows=True: needs --eval_dataset.path, which is not given"),
+        (
+            {"path": "a.jsonl:0.7,b.jsonl:0.3"},
+            "--eval_dataset.path=a.jsonl:0.7,b.jsonl:0.3: found weights, expected none: every held-out row counts once",
+        ),
+        (
+            {"path": "a.jsonl:0.7,b.jsonl"},
+            "--eval_dataset.path: 'a.jsonl:0.7,b.jsonl': found weights for 1 of 2 datasets, expected all or none",
+        ),
+    ],
+)
+def test_held_out_flags_that_would_do_nothing(settings, expected):
+    with pytest.raises(UserError) as caught:
+        HeldOutConfig(**settings)
+    assert str(caught.value) == expected
+
+
+def test_held_out_data():
+    assert not HeldOutConfig().path
+    held_out = HeldOutConfig("a.jsonl,b.jsonl", "[:9]", True).like(PackedDatasetConfig(path="c.jsonl", batch_size=7))
+    assert (held_out.path, held_out.split, held_out.skip_bad_rows) == ("a.jsonl,b.jsonl", "[:9]", True)
+    assert held_out.batch_size == 7 and not held_out.shuffle

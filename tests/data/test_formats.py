@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from easyrl.data.formats import Demonstration, Labelled, Pair, Prompt, parse_row
-from easyrl.data.messages import Message
+from easyrl.data.messages import BadRow, Message
 
 
 def user(text):
@@ -125,7 +125,20 @@ def test_the_system_column_goes_before_both_sides_and_the_messages_beside_them()
         ]
 
 
-@pytest.mark.parametrize("answers", [("a", "a"), ("", "b"), ("a", "")])
+@pytest.mark.parametrize("rejected", [{}, {"rejected": None}, {"rejected": []}, {"rejected": ""}])
+def test_a_side_that_is_not_learnt_from_may_be_empty(rejected):
+    row = {"chosen": [Q, A]} | rejected
+    assert parse_row(row, "sft") == [Demonstration(ASKED, ANSWER)]
+    assert parse_row(row, "prompt") == [Prompt(ASKED)]
+    assert parse_row({"prompt": "q", "chosen": "a"} | rejected, "sft") == [Demonstration(ASKED, ANSWER)]
+    turned = {"rejected": [Q, A]} | ({"chosen": rejected["rejected"]} if rejected else {})
+    assert parse_row(turned, "prompt") == [Prompt(ASKED)]
+    for bad, kind in ((row, "pair"), (row, "labelled"), (turned, "sft"), ({"chosen": []} | rejected, "prompt")):
+        with pytest.raises(BadRow):
+            parse_row(bad, kind)
+
+
+@pytest.mark.parametrize("answers", [("a", "a"), ("", "b"), ("a", ""), ("", ""), (None, "b"), ("a", []), ([], "b")])
 def test_a_pairs_prompt_needs_no_answers(answers):
     row = {"prompt": "q", "chosen": answers[0], "rejected": answers[1], "margin": -1}
     assert parse_row(row, "prompt") == [Prompt(ASKED)]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from easyrl.data.bins import Units, best_fit
+import easyrl.data.order as order_module
+from easyrl.data.bins import Units, best_fit, rows_needed
 from easyrl.data.order import RowOrder, SampleOrder, Stream
 
 
@@ -64,6 +65,36 @@ def test_rows_are_filled(seed):
         for batch, extra in zip(batches, following, strict=False):
             assert len(best_fit(Units(totals[[*batch, extra]]), 128)) > 4 or len(batch) == order.most_samples
     assert order.epoch(order.steps(0)) == 1
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 40), (30, 44), (60, 128)])
+def test_a_batch_is_the_longest_stretch_that_best_fit_finds_room_for(least, most):
+    totals = np.random.default_rng(most).integers(least, most, 200)
+    batches = epoch_of(RowOrder(Stream([200], 0, shuffle=False), totals, rows=6, row_length=128, keep_last=True), 0)
+    start = 0
+    for batch in batches:
+        stops = range(min(start + 2 * len(batch) + 6, 200), start, -1)
+        stop = next(stop for stop in stops if len(best_fit(Units(totals[start:stop]), 128)) <= 6)
+        assert batch == list(range(start, stop))
+        start = stop
+    assert start == 200
+
+
+def test_rows_needed_are_those_of_best_fit():
+    rng = np.random.default_rng(0)
+    for most in (20, 60, 100):
+        lengths = rng.integers(0, most, 200)
+        assert rows_needed(lengths, 100) == len(best_fit(Units(lengths), 100))
+    with pytest.raises(ValueError, match="a row has 9 places, expected at least 10"):
+        rows_needed(np.array([3, 10]), 9)
+
+
+def test_long_samples_are_planned_with_few_tries(monkeypatch):
+    """Of 40 rows' tokens half as many fit, one in a row: not one try for each of the others."""
+    tries = []
+    monkeypatch.setattr(order_module, "rows_needed", lambda *args: tries.append(args) or rows_needed(*args))
+    assert RowOrder(Stream([400], 0), np.full(400, 65), rows=40, row_length=128, keep_last=True).steps(0) == 10
+    assert len(tries) == 10
 
 
 def test_random_access_to_rows_equals_reading_on():

@@ -61,6 +61,57 @@ def test_places_are_lines_or_rows_from_one(tmp_path):
     ]
 
 
+def test_no_line_behind_a_slice_is_read(tmp_path):
+    """Of a file cut short behind the slice neither rows nor their number want the end."""
+    path = tmp_path / "a.jsonl.gz"
+    zipped = gzip.compress(b"".join(b'{"n": %d}\n' % n for n in range(50_000)))
+    path.write_bytes(zipped[: len(zipped) // 2])
+    source = open_source(str(path), parse_split("[1:3]"))
+    assert source.num_rows() == 2 and values(source) == [{"n": 1}, {"n": 2}]
+    assert open_source(str(path)).num_rows() is None
+
+
+def test_broken_rows_have_their_place_in_a_slice(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 0}\n{"n"\n{"n": 2}\n{"n": 3}\n')
+    broken = []
+    assert [row.value["n"] for row in open_source(str(path), parse_split("[:3]")).rows(broken.append)] == [0, 2]
+    assert [str(error) for error in broken] == [f"{path} line 2: broken JSON at column 5 (Expecting ':' delimiter)"]
+    assert values(open_source(str(path), parse_split("[2:3]"))) == [{"n": 2}]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_text_that_is_no_utf8_is_a_bad_row(tmp_path, saved):
+    """Parquet files and `datasets` folders may hold it: not every writer looks."""
+    data = pyarrow.array([b"a", b"\xff\xfe", b"c"], pyarrow.binary())
+    text = pyarrow.StringArray.from_buffers(3, *data.buffers()[1:])
+    table = pyarrow.table({"n": [1, 2, 3], "prompt": text})
+    path = tmp_path / ("saved" if saved else "a.parquet")
+    if saved:
+        datasets.Dataset(table).save_to_disk(str(path))
+    else:
+        pyarrow.parquet.write_table(table, path)
+    broken = []
+    found = list(open_source(str(path)).rows(broken.append))
+    assert [(row.where, row.value["prompt"]) for row in found] == [(f"{path} row 1", "a"), (f"{path} row 3", "c")]
+    assert [str(error) for error in broken] == [
+        f"{path} row 2: {'a column' if saved else 'column `prompt`'}: found byte 0xff, expected UTF-8 text"
+    ]
+    with pytest.raises(UserError, match=r"row 2: .* expected UTF-8 text"):
+        values(open_source(str(path)))
+
+
+def test_a_value_that_python_cannot_hold_is_a_bad_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"at": pyarrow.array([10**17, 0], pyarrow.timestamp("ms"))}), path)
+    with pytest.raises(
+        UserError, match=r"a.parquet row 1: column `at`: found a value that cannot be read \("
+    ) as caught:
+        values(open_source(str(path)))
+    assert "\n" not in str(caught.value)
+    assert len(values(open_source(str(path), parse_split("[1:]")))) == 1
+
+
 def test_a_json_file_of_lines(tmp_path):
     (tmp_path / "a.json").write_bytes(LINES)
     assert values(open_source(str(tmp_path / "a.json"))) == ROWS

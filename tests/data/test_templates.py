@@ -126,6 +126,30 @@ def test_an_answer_may_mention_the_end_token(name, tokenizer):
     assert template.end_id not in raw.completion[:-1]
 
 
+def test_an_answer_may_mention_the_other_stop_token(tokenizer):
+    """Sampling stops at the tokenizer's end-of-text token, too, where the template ends answers with its own."""
+    template = load_template("llama3", tokenizer)
+    other = tokenizer.eos_token
+    assert tokenizer.eos_token_id != template.end_id and tokenizer.eos_token_id in template.stop_ids
+    text = f"say {other}, <|eot_id|> and {other}."
+    (found,) = template.encode_answered((U,), (Message("assistant", text),))
+    assert text_of(template, found.completion) == f"{text}<|eot_id|>"
+    (raw,) = template.encode_answered((), (Message("assistant", text),))
+    assert text_of(template, raw.completion) == f"{text}<|eot_id|>"
+    for ids in (found.completion, raw.completion):
+        assert [i for i in ids if i in template.stop_ids] == [template.end_id]
+
+
+def test_the_date_is_the_same_every_day(make_tokenizer):
+    """Llama 3.1's and 3.2's own templates write it where they can ask for it."""
+    asks = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %Y-%m-%d') }}{% endif %}"
+    for start, expected in (("", ""), ("\n ", "\n "), ("  {% if true %}\n{% endif %}", "")):  # white space stays
+        jinja = f"{start}{{{{ bos_token }}}}{asks}{BODIES['tulu']}"
+        template = load_template("tokenizer", make_tokenizer(chat_template=jinja))
+        assert template.render((U,)).startswith(f"{expected}<s>26 Jul 2024, 2024-07-26<|user|>")
+        assert template.jinja == jinja
+
+
 def test_raw_text_is_all_answer(tokenizer):
     (found,) = load_template("tulu", tokenizer).encode_answered((), (Message("assistant", "some text"),))
     assert found.prompt.tolist() == [tokenizer.bos_token_id]

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from easyrl.core.errors import UserError
-from easyrl.data.tokenizer import adds_bos, check_vocabulary, encode, fingerprint, load_tokenizer, pad_id
+from easyrl.data.tokenizer import adds_bos, check_vocabulary, encode, fingerprint, load_tokenizer, pad_id, same_ids
 
 
 def test_a_saved_tokenizer_comes_back(tmp_path, tokenizer):
@@ -54,6 +54,22 @@ def test_a_class_that_reads_as_its_file_stays(tmp_path, make_tokenizer):
 def test_special_tokens_are_recognised_and_none_is_added(tokenizer):
     ids = encode(tokenizer, "a</s>")
     assert ids[-1] == tokenizer.eos_token_id and ids[0] != tokenizer.bos_token_id
+
+
+def test_the_settings_of_the_model_are_what_the_file_says(tmp_path, make_tokenizer):
+    """Llama 3 takes a word that is a token as it is, whether or not merges lead there; the class would go by merges."""
+    make_tokenizer().save_pretrained(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    model["vocab"]["zebra"] = len(model["vocab"])
+    write_class(tmp_path, "GPT2Tokenizer", pre_tokenizer=BYTES, model=model | {"ignore_merges": True})
+    assert encode(load_tokenizer(str(tmp_path)), "zebra") == [model["vocab"]["zebra"]]
+
+
+def test_the_same_ids(tokenizer, make_tokenizer):
+    padded = make_tokenizer(pad_token="</s>")
+    assert same_ids(tokenizer, padded) and same_ids(make_tokenizer(pad_token="<s>"), padded)
+    assert not same_ids(padded, make_tokenizer(adds_bos=False, pad_token="</s>"))
+    assert not same_ids(padded, make_tokenizer(eos="<|im_end|>", pad_token="</s>"))
 
 
 def test_fingerprints(tokenizer, make_tokenizer):

@@ -85,11 +85,11 @@ def test_models_whose_tops_alone_differ_share_the_bottom(tmp_path, make, mesh):
         start(tmp_path, make, "policy"), start(tmp_path, make, "reference", change_top),
         start(tmp_path, make, "value", change_top, head="value"),
     )  # fmt: skip
-    frozen = load_frozen(policy, reference, value, 1, mesh, dtype="bfloat16")
+    frozen = load_frozen(policy, reference, value, 1, mesh, dtype="bfloat16", param_dtype="float32")
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jax.numpy.dtype("bfloat16")}
     assert_same(frozen.bottom, cut(load_weights(policy, mesh, head="lm", dtype="bfloat16"), BOTTOM))
     assert_same(frozen.reference, cut(load_weights(reference, mesh, head="lm", dtype="bfloat16"), TOP))
-    whole = load_frozen(policy, reference, value, 0, mesh, dtype="float32")
+    whole = load_frozen(policy, reference, value, 0, mesh, dtype="float32", param_dtype="float32")
     assert whole.bottom is None
     assert_same(whole.reference, load_weights(reference, mesh, head="lm"))
 
@@ -98,4 +98,4 @@ def test_models_whose_tops_alone_differ_share_the_bottom(tmp_path, make, mesh):
 def test_a_model_with_another_bottom_is_refused(tmp_path, make, mesh, change):
     policy, value = start(tmp_path, make, "policy"), start(tmp_path, make, "value", change, head="value")
     with pytest.raises(UserError, match=r"^--load_checkpoint_value: its embeddings or lower layers are not"):
-        load_frozen(policy, policy, value, 1, mesh, dtype="float32")
+        load_frozen(policy, policy, value, 1, mesh, dtype="float32", param_dtype="float32")

@@ -57,6 +57,8 @@ def test_both_spellings_of_rotary_settings(tiny, spelling):
         ({"model_type": "qwen2", **QWEN, "max_window_layers": 0}, 8, None),
         ({"model_type": "qwen2", **QWEN, "max_window_layers": 2}, None, None),
         ({"model_type": "qwen2", **QWEN, "use_sliding_window": False}, None, None),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0}, 4096, None),
+        ({"model_type": "qwen2", **QWEN, "sliding_window": None, "max_window_layers": 0}, None, None),
         ({"model_type": "qwen3", **QWEN, "layer_types": ["sliding_attention", "full_attention"]}, 8, (True, False)),
     ],
 )

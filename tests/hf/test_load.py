@@ -15,6 +15,7 @@ from easyrl.hf.safetensors_io import INDEX, WEIGHTS, Checkpoint
 from easyrl.models.families import param_specs
 
 Q = "model.layers.{}.self_attn.q_proj.weight"
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
 def load(directory, mesh, head="lm", dtype="float32", **kwargs):
@@ -108,8 +109,33 @@ class TestFiles:
     def test_harmless_extras(self, folder, make, mesh):
         directory = folder(tie_word_embeddings=True)
         edit(directory, model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(2, np.float32),
-             lm_head__weight=np.ones((48, 16), np.float32))  # fmt: skip
+             lm_head__weight=load_file(directory / WEIGHTS)["model.embed_tokens.weight"])  # fmt: skip
         assert_same(load(directory, mesh), make(tie_word_embeddings=True)[1])
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_of_tied_tensors_either_will_do(self, folder, make, mesh, family):
+        """`safetensors.torch.save_model` keeps that of two names which the alphabet has first."""
+        settings = GPT2 if family == "gpt2" else {"tie_word_embeddings": True}
+        embed = f"{'transformer.wte' if family == 'gpt2' else 'model.embed_tokens'}.weight"
+        directory = folder(**settings)
+        edit(directory, **{embed: None, "lm_head.weight": load_file(directory / WEIGHTS)[embed]})
+        assert_same(load(directory, mesh), make(**settings)[1])
+        assert_same(load(directory, mesh, "reward", new_head="zeros")["embed"], make(**settings)[1]["embed"])
+
+    def test_tied_tensors_that_differ(self, folder, make, mesh):
+        """transformers does not tie them."""
+        directory = folder(tie_word_embeddings=True)
+        head = load_file(directory / WEIGHTS)["model.embed_tokens.weight"]
+        head[47, 15] += 0.5
+        edit(directory, lm_head__weight=head)
+        with pytest.raises(
+            UserError, match=r"safetensors: tensor lm_head\.weight differs from model\.embed_tokens\.weigh"
+        ):
+            load(directory, mesh)
+        assert_same(load(directory, mesh, "reward", new_head="zeros")["layers"], make()[1]["layers"])
+        edit(directory, lm_head__weight=head[:40])
+        with pytest.raises(UserError, match=r"lm_head\.weight has shape \[40, 16\], expected \[48, 16\]"):
+            load(directory, mesh)
 
     def test_names_of_a_bare_trunk(self, folder, make, mesh):
         directory = folder(tie_word_embeddings=True)

@@ -1,4 +1,6 @@
+import fnmatch
 import json
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -72,18 +74,40 @@ def test_every_preset_is_a_configuration():
         assert config_from_hf(raw, name).num_layers == raw.get("num_hidden_layers", raw.get("n_layer"))
 
 
-def test_hub_download_leaves_pickles_alone(monkeypatch, folder):
-    directory = folder()
-    asked = {}
+WHOLE = {"config.json", "tokenizer.json", "model.safetensors"}
+SHARDS = {"config.json", "tokenizer.json", "model.safetensors.index.json", *(f"model_0{n}.safetensors" for n in "12")}
+SECOND_COPIES = {"pytorch_model.bin", "pytorch_model_01.bin", "consolidated.safetensors", "onnx/model.onnx"}
+
+
+@pytest.mark.parametrize("needed", [WHOLE, SHARDS])
+def test_what_is_fetched_of_the_hub(monkeypatch, tmp_path, needed):
+    """Shards by the names that the index has for them, BLOOM's say; pickles never, whatever it names."""
+    there = needed | SECOND_COPIES
+    index = {"weight_map": {name: name for name in [*there, "*", "[a-z]*.safetensors"] if "/" not in name}}
+    index["weight_map"].pop("consolidated.safetensors")
 
     def snapshot_download(repo, allow_patterns):
-        asked.update(repo=repo, patterns=allow_patterns)
-        return str(directory)
+        assert repo == "org/model-1b"
+        for name in there:
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).write_text(json.dumps(index))
+        return str(tmp_path)
 
     monkeypatch.setattr(refs, "snapshot_download", snapshot_download)
-    assert find_folder("org/model-1b") == directory
-    assert asked["repo"] == "org/model-1b"
-    assert not any("bin" in pattern or pattern == "*.safetensors" for pattern in asked["patterns"])
+    assert find_folder("org/model-1b") == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} == needed
+
+
+@pytest.mark.parametrize("error", [OSError("reset"), RuntimeError("peer closed\nthe connection"), ValueError("<html>")])
+def test_whatever_goes_wrong_at_the_hub_is_one_line(monkeypatch, error):
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(refs, name, Mock(side_effect=error))
+    for find in (refs.find_model, refs.find_config):
+        with pytest.raises(
+            UserError, match=r"^--x=hf::org/model: no such folder, and not to be had from the Hub \("
+        ) as got:
+            find("hf::org/model", flag="--x")
+        assert f"({type(error).__name__}: {str(error)[:4]}" in str(got.value) and "\n" not in str(got.value)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyrl.models.heads import token_logprobs
+from easyrl.models.heads import lm_logits, token_logprobs
+from tests.tiny import tiny_config
 
 
 def by_log_softmax(logits, targets, temperature):
@@ -47,3 +48,24 @@ def test_huge_logits_stay_finite():
 def test_temperature_zero_scores_at_temperature_one(batch):
     logits, targets, *_ = batch
     np.testing.assert_array_equal(token_logprobs(logits, targets, 0.0)[0], token_logprobs(logits, targets, 1.0)[0])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradient_of_the_logits_is_multiplied_in_the_compute_dtype(tied):
+    cfg = tiny_config(vocab_size=17, width=8, dtype="bfloat16")
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, of_logits = (
+        jax.random.normal(key, (2, 3, size), dtype)
+        for key, size, dtype in ((keys[0], 8, "bfloat16"), (keys[1], 17, "float32"))
+    )
+    kernel = jax.random.normal(keys[2], (17, 8) if tied else (8, 17))
+    place = (lambda w: {"embed": {"tokens": w}}) if tied else (lambda w: {"head": {"kernel": w}})
+    pull = lambda kernel, hidden: jax.vjp(lambda w, x: lm_logits(place(w), cfg, x), kernel, hidden)[1](of_logits)
+
+    products = [line for line in jax.jit(pull).lower(kernel, hidden).as_text().splitlines() if "dot_general" in line]
+    assert products and all("xbf16>, tensor" in line.split(" : ")[-1] for line in products)
+    as_matrix = kernel.T if tied else kernel
+    of_kernel, of_hidden = pull(kernel, hidden)
+    expected = jnp.einsum("btd,btv->dv", hidden.astype("float32"), of_logits)
+    np.testing.assert_allclose(of_kernel.T if tied else of_kernel, expected, rtol=0.02, atol=0.05)
+    np.testing.assert_allclose(of_hidden.astype("float32"), of_logits @ as_matrix.T, rtol=0.02, atol=0.1)

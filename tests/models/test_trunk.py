@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from easyrl.core.params import shardings
 from easyrl.core.segments import branch
-from easyrl.core.sharding import Shard, batch_sharding, make_mesh
+from easyrl.core.sharding import DATA_AXES, Shard, make_mesh
 from easyrl.models.cache import grow_cache, init_cache, repeat_rows
 from easyrl.models.families import param_specs
 from easyrl.models.trunk import trunk, unstack_layers
@@ -192,6 +193,6 @@ def test_every_mesh_gives_the_same_numbers(make_config, mesh_dim):
     expected = run(cfg)(params, *inputs)[0]
     mesh = make_mesh(mesh_dim)
     placed = jax.device_put(params, shardings(param_specs(cfg, "lm"), mesh))
-    hidden, _ = run(cfg, mesh)(placed, *jax.device_put(inputs, batch_sharding(mesh)))
+    hidden, _ = run(cfg, mesh)(placed, *jax.device_put(inputs, NamedSharding(mesh, PartitionSpec(DATA_AXES))))
     np.testing.assert_allclose(hidden, expected, atol=TOLERANCE)
     assert not hidden.sharding.is_fully_replicated or mesh_dim == "1,1,8"

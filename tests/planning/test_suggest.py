@@ -78,6 +78,12 @@ def test_the_fastest_of_what_was_compiled_is_suggested():
     ]
 
 
+def test_what_the_compiler_refused_without_a_number_has_none():
+    report = types.SimpleNamespace(seconds=None, peak=None, fits=False)
+    table = suggest.table([(types.SimpleNamespace(flags="--remat=none"), report)])
+    assert table.splitlines()[1] == "  --remat=none: does not fit"
+
+
 @pytest.mark.slow
 def test_the_command(capsys):
     arguments = ("--load_checkpoint=" + MODEL, "--train_dataset.seq_length=32", "--train_dataset.batch_size=4")

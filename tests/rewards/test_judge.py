@@ -1,8 +1,14 @@
 """The protocol of external judges, with small Python programs as judges."""
 
+import contextlib
 import json
+import os
 import shlex
+import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +90,43 @@ for row in reversed(rows):
 def test_more_questions_than_a_pipe_holds(tmp_path):
     questions = [{"id": number, "answer_1": "x" * 4000, "answer_2": ""} for number in range(200)]
     assert ask(command(tmp_path, LONGER), questions) == [1] * 200
+
+
+@pytest.mark.parametrize("reply", ["Hello!", "Hello! " * 20_000])
+def test_a_judge_behind_a_wrapper_ends_with_it(tmp_path, reply):
+    """It holds the pipe of the questions, which are more than that takes, and may wait for its reply to be read."""
+    note = tmp_path / "pid"
+    inner = command(
+        tmp_path,
+        f"import os, time\nopen({str(note)!r}, 'w').write(str(os.getpid()))\n"
+        f"print({reply!r}, flush=True)\nprint({reply!r}, flush=True)\ntime.sleep(600)",
+    )
+    wrapper = tmp_path / "judge.sh"
+    wrapper.write_text(f"{inner}\nexit $?\n")
+    questions = [{"id": number, "answer_1": "x" * 4000, "answer_2": ""} for number in range(200)]
+
+    def refused():
+        with contextlib.suppress(UserError):
+            ask(f"sh {shlex.quote(str(wrapper))}", questions)
+
+    asking = threading.Thread(target=refused, daemon=True)
+    asking.start()
+    asking.join(20)
+    hangs, judge = asking.is_alive(), int(note.read_text())
+    for _ in range(100):  # the system may take a moment to clear away a process that was killed
+        if not hangs and not is_running(judge):
+            return
+        time.sleep(0.05)
+    os.kill(judge, signal.SIGKILL)
+    raise AssertionError(f"hangs: {hangs}")
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 def test_no_shell_reads_the_command(tmp_path, monkeypatch):

@@ -53,3 +53,10 @@ def test_another_template_of_its_own_is_said_unless_it_is_asked_for(length, tmp_
     tokenizer.chat_template = load_template("none", tokenizer).jinja
     length(tokenizer, "")
     assert "note" not in capsys.readouterr().out
+
+
+def test_a_pad_token_alone_makes_no_other_tokenizer(length):
+    """It would be read with a template, and the value model would not start from it."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    assert length(tokenizer, "") == ROOM

@@ -49,9 +49,9 @@ class Run:
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
         self.state = self.checkpoints.restore({"x": number}, lambda: {"x": jnp.float32(0)})
         options = {"clock": clock} if clock else {}
-        hook = self.checkpoints.hook(
-            {"counter": self.counter}, [], self.troubles, total=total, best_by="eval/loss", **options
-        )
+        memories = {"counter": self.counter}
+        self.checkpoints.recall(memories)
+        hook = self.checkpoints.hook(memories, [], self.troubles, total=total, best_by="eval/loss", **options)
 
         def step(state, number):
             self.counter.value += 1
@@ -125,7 +125,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(tmp_path):
         f"SIGTERM: stopped after step 3, saved in {tmp_path}/checkpoints; the same command with "
         f"--output_dir={tmp_path} goes on"
     )
-    assert steps_in(tmp_path) == [3] and caught.value.status == 0
+    assert steps_in(tmp_path) == [3]
     run = Run(tmp_path)
     assert run.ended and float(run.state["x"]) == 6 and run.counter.value == 6
 
@@ -210,3 +210,87 @@ def test_facts_are_readable_and_exact(tmp_path):
     Run(tmp_path, total=3)
     facts = json.loads((tmp_path / "checkpoints" / "3" / "run.json").read_text())
     assert facts["step"] == 3 and facts["metrics"]["loss"] == 1.0 / 3 and facts["config"]["seed"] == 42
+
+
+def open_again(folder, **flags):
+    """Opens a run and begins it, as a trainer does: what it is given is what its folder holds from here on."""
+    config = RunConfig(output_dir=str(folder), **flags)
+    run_dir = make_run_dir(config.output_dir, "train_sft", config.checkpoint_dir)
+    opened = open_checkpoints(config, run_dir, "train_sft", "rows")
+    run_dir.begin(config, start=opened.made_here, run_id=opened.run_id)
+    run_dir.close()
+    return opened
+
+
+def whole(opened, step):
+    """Writes the facts of a step, as the end of a save does."""
+    path = opened.folder / str(step)
+    path.mkdir(parents=True)
+    facts = opened._facts | {"format": 1, "step": step, "metrics": {}, "memories": {}}
+    (path / "run.json").write_text(json.dumps(facts))
+
+
+def test_a_folder_whose_files_are_another_runs_is_not_gone_on_with(tmp_path):
+    first = open_again(tmp_path / "run")
+    whole(first, 10)
+    assert open_again(tmp_path / "run").made_here == 10
+    with pytest.raises(UserError) as caught:
+        open_again(tmp_path / "run", checkpoint_dir=str(tmp_path / "big"))
+    usual = tmp_path / "run" / "checkpoints"
+    assert str(caught.value) == (
+        f"--checkpoint_dir={tmp_path / 'big'}: holds no whole checkpoint, while {usual} holds step 10; go on there "
+        f"without the flag, or with --resume=easyrl::{usual}, or start anew with --resume=never"
+    )
+    second = open_again(tmp_path / "run", checkpoint_dir=str(tmp_path / "big"), resume="never")
+    whole(second, 20)
+    assert second.run_id != first.run_id
+    # The flag forgotten: the first run's checkpoint, and the second one's rows.
+    third = open_again(tmp_path / "run")
+    assert (third.start, third.made_here) == (10, 0)
+    again = open_again(tmp_path / "run")  # killed before a checkpoint of its own
+    assert (again.start, again.made_here) == (10, 0)
+    whole(again, 15)
+    assert open_again(tmp_path / "run").made_here == 15
+
+
+def test_a_run_goes_on_in_another_folder_for_checkpoints(tmp_path):
+    first = open_again(tmp_path / "run")
+    whole(first, 10)
+    flags = {"checkpoint_dir": str(tmp_path / "big"), "resume": f"easyrl::{tmp_path / 'run'}"}
+    moved = open_again(tmp_path / "run", **flags)
+    assert (moved.start, moved.made_here, moved.run_id) == (10, 10, first.run_id)
+    fork = open_again(tmp_path / "fork", resume=f"easyrl::{tmp_path / 'run'}")
+    assert (fork.start, fork.made_here) == (10, 0) and fork.run_id != first.run_id
+
+
+def test_a_run_from_before_runs_had_ids_goes_on(tmp_path):
+    first = open_again(tmp_path / "run")
+    first._facts.pop("run_id")
+    (tmp_path / "run" / "run_id.txt").unlink()
+    whole(first, 10)
+    for _ in range(2):  # the first of them killed before a checkpoint of its own
+        opened = open_again(tmp_path / "run")
+        assert (opened.start, opened.made_here) == (10, 10)
+    whole(opened, 12)
+    assert open_again(tmp_path / "run").made_here == 12
+
+
+def test_started_anew_a_link_to_another_disk_stays_one(tmp_path, capsys):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "big")
+    Run(tmp_path / "run", total=2)
+    Run(tmp_path / "run", total=3, resume="never")
+    assert (tmp_path / "run" / "checkpoints").is_symlink() and (tmp_path / "big" / "3" / "run.json").exists()
+    assert (tmp_path / "big.1" / "2" / "run.json").exists()
+    assert capsys.readouterr().out == f"checkpoints of an earlier run are in {tmp_path / 'big.1'} now\n"
+
+
+def test_a_folder_that_cannot_be_set_aside_is_named(tmp_path, monkeypatch):
+    def mounted(path):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    Run(tmp_path, total=2)
+    monkeypatch.setattr("easyrl.runtime.checkpoint.set_aside", mounted)
+    with pytest.raises(UserError, match="checkpoints: cannot write checkpoints there: Device or resource busy"):
+        Run(tmp_path, total=2, resume="never")

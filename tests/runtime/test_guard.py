@@ -1,5 +1,7 @@
 """Numbers that are not finite: when a run warns, when it ends, and what it says."""
 
+import errno
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,20 @@ def test_a_run_whose_last_step_is_one_too_many_has_failed_too():
     made, guard = run({7, 8}, 1)
     assert len(made) == 8
     with pytest.raises(RunFailed, match="step 8"):
+        guard.check()
+
+
+def test_a_batch_that_cannot_be_kept_costs_neither_the_reason_nor_what_follows():
+    def full(step, metrics):
+        raise OSError(errno.ENOSPC, "No space left on device", "batches")
+
+    guard, saved = Guard(0, lambda *_: "the loss", full), []
+    run_loop(
+        0, [1, 2], lambda state, step: (state, {"skipped": 1.0}), start=0, total=2,
+        hooks=[guard.hook(), Hook(on_stop=saved.append)],
+    )  # fmt: skip
+    assert len(saved) == 1
+    with pytest.raises(RunFailed, match=r"the loss\. The batch could not be kept: No space left on device: batches$"):
         guard.check()
 
 

@@ -1,3 +1,4 @@
+import io
 import os
 import signal
 import subprocess
@@ -37,6 +38,19 @@ def test_two_sigterms_and_one_sigint_end_nothing(capfd):
             send(number, requested, len(requested) + 1)
     assert requested == ["SIGTERM", "SIGTERM", "SIGINT"]
     assert capfd.readouterr().err.count("two SIGINTs leave at once") == 1
+
+
+def test_a_run_of_which_nobody_reads_what_it_says_is_asked_to_stop(monkeypatch):
+    class Left(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    requested = []
+    with stopping_at_signals(requested.append):
+        monkeypatch.setattr(sys, "stderr", Left())
+        send(signal.SIGINT, requested, 1)
+        send(signal.SIGTERM, requested, 2)
+    assert requested == ["SIGINT", "SIGTERM"]
 
 
 BUSY = """

@@ -250,3 +250,22 @@ def test_a_hook_that_answers_anything_else_than_true_ends_nothing():
     last = Hook(on_end=lambda info: ended.append(info.step), on_stop=lambda info: ended.append("stopped"))
     run_loop(0, [1, 2], host_step, start=0, total=2, hooks=[Hook(on_step=lambda info: 1), last])
     assert ended == [2]
+
+
+def test_a_hook_that_cannot_end_or_close_keeps_no_other_from_it():
+    done = []
+
+    def fail(*_):
+        raise OSError("no room")
+
+    def hook(name, stop):
+        return Hook(
+            lambda info: stop, on_stop=lambda info: done.append(f"{name} stopped"), close=lambda: done.append(name)
+        )
+
+    with pytest.raises(OSError, match="no room"):
+        run_loop(
+            0, [1, 2], host_step, start=0, total=2,
+            hooks=[hook("first", False), Hook(on_stop=fail, close=fail), hook("second", True)],
+        )  # fmt: skip
+    assert done == ["first stopped", "second stopped", "first", "second"]

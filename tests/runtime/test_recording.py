@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from easyrl.core.config import from_dict, to_dict
 from easyrl.core.errors import UserError
 from easyrl.runtime.recording import as_tree, load_recording, save_recording
-from easyrl.steps.ppo import PPOConfig
+from easyrl.steps.ppo_config import PPOConfig
 
 
 class Inner(flax.struct.PyTreeNode):

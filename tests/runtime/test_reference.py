@@ -13,8 +13,8 @@ from easyrl.core.sharding import make_mesh
 from easyrl.data.dataset import PackedDatasetConfig, load_dataset
 from easyrl.data.loader import Loader
 from easyrl.data.templates import load_template
-from easyrl.steps import reference
-from easyrl.steps.reference import Answers, ReferenceModel, cache_folder, precompute
+from easyrl.runtime import reference
+from easyrl.runtime.reference import Answers, ReferenceModel, cache_folder, precompute
 from tests.tiny import tiny_config
 from tests.train_ppo.conftest import make_tokenizer
 

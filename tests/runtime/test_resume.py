@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 from etils import epath
@@ -71,10 +72,26 @@ def test_wrong_values_are_named(run, tmp_path):
 def test_a_checkpoint_of_the_same_script_as_load_checkpoint_is_gone_on_with(run):
     config = continue_named(of(load_checkpoint=f"easyrl::{run}/5"), "train_sft")
     assert config == of(resume=f"easyrl::{run}/5")  # and the model it came from is named again
+    bucket = of(load_checkpoint=f"easyrl::{run}/5", output_dir="gs://bucket/run")  # which nobody asks
+    assert continue_named(bucket, "train_sft") == dataclasses.replace(config, output_dir="gs://bucket/run")
     for same in (of(load_checkpoint=f"easyrl::{run}/5", resume="own"), CONFIG):
         assert continue_named(same, "train_sft") is same
     weights = of(load_checkpoint=f"easyrl::{run}")
     assert continue_named(weights, "train_dpo") is weights
+
+
+def test_once_it_has_gone_on_a_run_needs_no_more_what_it_went_on_from(run, tmp_path):
+    command = of(load_checkpoint=f"easyrl::{run}/5", output_dir=str(tmp_path / "new"))
+    first = continue_named(command, "train_sft")
+    shutil.rmtree(run.parent)
+    with pytest.raises(UserError, match=r"--load_checkpoint=easyrl::.*: found no whole checkpoint"):
+        continue_named(command, "train_sft")
+    own = write_steps(tmp_path / "new" / "checkpoints", 7, config=first)
+    again = continue_named(command, "train_sft")
+    assert again == first and find_source(again, own)[:2] == (own, 7)
+    other = dataclasses.replace(command, load_checkpoint=f"easyrl::{run}/4")
+    with pytest.raises(UserError, match=r"--load_checkpoint=easyrl::.*/4: found no whole checkpoint"):
+        continue_named(other, "train_sft")
 
 
 def refused(run, config, data="rows", script="train_sft"):

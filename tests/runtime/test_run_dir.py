@@ -100,14 +100,17 @@ def test_a_new_run_leaves_an_earlier_ones_files_under_other_names(tmp_path, caps
     for name in ("best.json", "report.html", "thesis.txt"):
         (tmp_path / name).write_text("old")
     before = {path.name for path in tmp_path.iterdir()}
-    run.begin(Config(), start=4)
+    run.begin(Config(), start=4, run_id="")
     assert {path.name for path in tmp_path.iterdir()} == before | {"config.yaml"} and not capsys.readouterr().out
-    run.begin(Config(), start=0)
+    run.begin(Config(), start=0, run_id="first")
     kept = ["best.1.json", "hf.1", "hf-4.2", "hf_best.1", "report.1.html", "rollouts.1"]
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, "hf-4.1", "thesis.txt", "config.yaml", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *kept, "hf-4.1", "thesis.txt", "config.yaml", "run_id.txt", ".lock",
+    }  # fmt: skip
     assert capsys.readouterr().out == f"files of an earlier run in {tmp_path} have other names now: {', '.join(kept)}\n"
-    run.begin(Config(), start=0)
-    assert not capsys.readouterr().out
+    assert run.run_id == "first"
+    run.begin(Config(), start=0, run_id="second")
+    assert run.run_id == "second" and not capsys.readouterr().out
 
 
 def test_the_config_written_repeats_the_run(tmp_path):

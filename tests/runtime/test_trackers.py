@@ -1,3 +1,4 @@
+import errno
 import sys
 from dataclasses import dataclass
 
@@ -6,11 +7,13 @@ import pytest
 
 from easyrl.core import distributed
 from easyrl.core.config import flag
-from easyrl.core.errors import UserError
+from easyrl.core.errors import RunFailed, UserError
+from easyrl.runtime import trackers as trackers_module
 from easyrl.runtime.jsonl import read_jsonl
 from easyrl.runtime.loop import run_loop
 from easyrl.runtime.run_dir import make_run_dir
 from easyrl.runtime.trackers import JsonlTracker, LoggerConfig, start_trackers, tracker_hooks
+from easyrl.runtime.troubles import Troubles
 
 
 @dataclass(frozen=True)
@@ -129,3 +132,76 @@ def test_tensorboard_gets_scalars_and_samples(run):
     (events,) = (run.path / "tensorboard").iterdir()
     data = events.read_bytes()
     assert b"env/reward_mean" in data and b"Say hi" in data
+
+
+class Broken:
+    """Stands for a tracker whose library fails with errors of its own."""
+
+    def __init__(self, *_):
+        pass
+
+    def log(self, *_):
+        raise RuntimeError("the service is gone")
+
+    log_samples = close = log
+
+
+def test_a_tracker_that_fails_does_not_end_a_run(run, monkeypatch, capfd):
+    monkeypatch.setattr(trackers_module, "WandbTracker", Broken)
+    troubles = Troubles()
+    started = start_trackers(LoggerConfig(wandb=True), run, Config(), troubles=troubles)
+    for tracker in started:
+        tracker.log(0, {"loss": 1.0})
+        tracker.log_samples(0, SAMPLES)
+    hooks = tracker_hooks(started, log_freq=1, total=2)
+    run_loop(0.0, [1.0, 2.0], lambda s, b: (s + b, {"loss": s}), start=0, total=2, hooks=hooks)
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [0, 1, 2]
+    assert [line for line in capfd.readouterr().err.splitlines() if line] == [
+        "easyrl: warning: could not write metrics to Weights & Biases: RuntimeError: the service is gone; the run goes "
+        "on, trying again next time"
+    ]
+    with pytest.raises(RunFailed, match="could not write metrics to Weights & Biases"):
+        troubles.end()
+
+
+def test_a_disk_that_fails_tensorboard_neither_holds_the_run_nor_what_comes_after(run, monkeypatch, capfd):
+    library = pytest.importorskip("tensorboardX.event_file_writer", reason="TensorBoard is an optional tracker")
+    real = library.EventsWriter.write_event
+
+    def full(self, event):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    troubles = Troubles()
+    tracker = start_trackers(LoggerConfig(tensorboard=True), run, Config(), troubles=troubles)[1]
+    tracker.log(1, {"before": 1.0})
+    monkeypatch.setattr(library.EventsWriter, "write_event", full)
+    for step in range(2, 20):
+        tracker.log(step, {"meanwhile": 1.0})
+    monkeypatch.setattr(library.EventsWriter, "write_event", real)
+    tracker.log(20, {"after": 1.0})
+    tracker.close()
+    troubles.end()
+    files = [path.read_bytes() for path in (run.path / "tensorboard").iterdir()]
+    for name in (b"before", b"after"):
+        assert sum(name in data for data in files) == 1
+    assert not any(b"meanwhile" in data for data in files)
+    assert capfd.readouterr().err.count("could not write metrics to TensorBoard: No space left on device") == 1
+
+
+def test_tensorboard_hides_the_steps_that_are_done_again(run):
+    pytest.importorskip("tensorboardX", reason="TensorBoard is an optional tracker")
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    start_trackers(LoggerConfig(tensorboard=True), run, Config(), start=7)[1].close()
+    (path,) = (run.path / "tensorboard").iterdir()
+    data = path.read_bytes()
+    assert Event.FromString(record(data, 1)).session_log.status == SessionLog.START
+    assert Event.FromString(record(data, 1)).step == 8
+
+
+def record(data, number):
+    """The bytes of one of TensorBoard's records: length, checksum of it, bytes, checksum of them."""
+    place = 0
+    for _ in range(number):
+        place += int.from_bytes(data[place : place + 8], "little") + 16
+    return data[place + 12 : place + 12 + int.from_bytes(data[place : place + 8], "little")]

@@ -38,6 +38,9 @@ def test_a_run_that_has_not_written_everything_has_failed():
 def test_what_is_not_the_disks_fault_is_not_tolerated():
     with pytest.raises(KeyError):
         fail(Troubles(), KeyError("a bug"))
+    with (troubles := Troubles()).attempt("tracker", any_error=True):
+        raise KeyError("a library's")
+    assert "tracker" in troubles
 
 
 def test_reasons_are_one_short_line():

@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from easyrl.core.errors import UserError
 from easyrl.core.params import shardings
-from easyrl.core.sharding import batch_sharding, make_mesh
+from easyrl.core.sharding import DATA_AXES, make_mesh
 from easyrl.models.families import param_specs
 from easyrl.models.heads import lm_logits, token_logprobs
 from easyrl.models.trunk import trunk
 from easyrl.sampling.decode import SamplingConfig, make_sampling, sample_ids
-from easyrl.steps.sampling import Sampler, plan_prompts
+from easyrl.steps.sampling import Sampler, lay_out_for_decoding, plan_prompts
 from tests.tiny import draw_params, tiny_config
 
 CFG = tiny_config(num_heads=16, num_kv_heads=8)  # divides by 8 devices
@@ -149,10 +150,33 @@ def test_every_mesh_draws_the_same_samples(mesh_dim):
     expected = sample(stop_ids=STOPS)
     mesh = make_mesh(mesh_dim)
     params = jax.device_put(PARAMS, shardings(param_specs(CFG, "lm"), mesh))
-    prompts, lengths = jax.device_put((PROMPTS, LENGTHS), batch_sharding(mesh))
+    prompts, lengths = jax.device_put((PROMPTS, LENGTHS), NamedSharding(mesh, PartitionSpec(DATA_AXES)))
     out = sample(prompts, lengths, params=params, stop_ids=STOPS, mesh=mesh)
     np.testing.assert_array_equal(out.tokens_BC, expected.tokens_BC)
     np.testing.assert_allclose(out.logprobs_BC, expected.logprobs_BC, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mesh_dim", "tied"), [("1,1,1", True), ("2,2,2", False)])
+def test_weights_may_be_laid_out_once_for_all_batches(mesh_dim, tied):
+    """The same samples, and no program that copies the weights."""
+    cfg = tiny_config(width=128, num_heads=8, num_kv_heads=4, tied_embeddings=tied)
+    mesh = make_mesh(mesh_dim, jax.devices()[: 8 if mesh_dim == "2,2,2" else 1])
+    params = jax.device_put(jax.device_get(draw_params(cfg, scale=0.1)), shardings(param_specs(cfg, "lm"), mesh))
+    layers = jax.tree.leaves(params["layers"])
+    size = sum(x.nbytes for x in layers) // mesh.shape["mp"]
+    options = {"stop_ids": STOPS, "num_samples": 1, "mesh": mesh}
+    found, memory = [], []
+    for unstacked in (False, True):
+        if unstacked:
+            params = lay_out_for_decoding(params, cfg, mesh)
+            assert all(x.is_deleted() for x in layers)
+        sampler = Sampler(cfg, SamplingConfig(max_new_tokens=8), unstacked=unstacked, **options)
+        call = sampler.call(params, PROMPTS, LENGTHS, KEY, IDS)
+        memory.append(call.lower().compile().memory_analysis().temp_size_in_bytes)
+        found.append(jax.device_get(call.run()))
+    np.testing.assert_array_equal(found[0].tokens_BC, found[1].tokens_BC)
+    np.testing.assert_allclose(found[0].logprobs_BC, found[1].logprobs_BC, atol=1e-5)
+    assert memory[0] - memory[1] > 0.9 * size
 
 
 def test_ids_and_key_make_the_difference():

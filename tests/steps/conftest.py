@@ -15,7 +15,8 @@ from easyrl.data.packing import Packing, Plan, Shape
 from easyrl.models.families import param_specs
 from easyrl.models.llama import LlamaConfig
 from easyrl.steps.packed import place_plans
-from easyrl.steps.ppo import PPOState, Rollout, branch_specs
+from easyrl.steps.ppo import PPOState, branch_specs
+from easyrl.steps.scoring import Rollout
 from easyrl.steps.state import TrainState
 
 

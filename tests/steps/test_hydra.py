@@ -14,7 +14,9 @@ from easyrl.models.branch import cut, trained_layers
 from easyrl.models.families import param_specs
 from easyrl.models.gpt2 import GPT2Config
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from easyrl.steps.ppo import PPOConfig, PPOState, branch_specs, make_finish, make_forward, make_update
+from easyrl.steps.ppo import PPOState, branch_specs, make_update
+from easyrl.steps.ppo_config import PPOConfig
+from easyrl.steps.scoring import make_finish, make_forward
 from easyrl.steps.state import create_train_state
 from tests.steps.conftest import everywhere, plan_shapes, rollout_shapes, state_shapes
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from easyrl.core.errors import UserError
-from easyrl.steps.optimizer import OptimizerConfig, decayed, make_optimizer, make_schedule
+from easyrl.steps.optimizer import OptimizerConfig, decayed, make_optimizer, make_schedule, updates_in
 
 
 def plain_schedule(kind, update, lr, total, warmup, end_lr=0.0):
@@ -26,6 +26,14 @@ def test_the_rate_warms_up_and_falls(kind, warmup):
     schedule = make_schedule(kind, 0.01, 10, warmup, end_lr)
     expected = [plain_schedule(kind, update, 0.01, 10, warmup, end_lr) for update in range(11)]
     np.testing.assert_allclose([schedule(update) for update in range(11)], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("share", "of", "expected"),
+    [(0.07, 100, 7), (0.14, 50, 7), (0.03, 100, 3), (0.03, 101, 4), (1.1, 10, 11), (0, 9, 0)],
+)
+def test_a_share_of_the_updates_is_rounded_up_and_only_then(share, of, expected):
+    assert updates_in(share, of) == expected
 
 
 def test_an_unknown_schedule_is_refused():

@@ -14,7 +14,9 @@ from easyrl.core.sharding import make_mesh
 from easyrl.models.families import param_specs
 from easyrl.steps.logprobs import CHUNK_TOKENS
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from easyrl.steps.ppo import Passes, PPOConfig, PPOState, make_finish, make_forward, make_update
+from easyrl.steps.ppo import PPOState, make_update
+from easyrl.steps.ppo_config import PPOConfig
+from easyrl.steps.scoring import Passes, make_finish, make_forward
 from easyrl.steps.state import create_train_state
 from tests.steps.conftest import everywhere, make_params, plan_shapes, rollout_shapes, state_shapes
 
@@ -182,6 +184,10 @@ def test_target_kl_stops_the_rest_of_the_batch(cfg, value_cfg, ragged, one_devic
     assert not stopped and int(state.policy.updates) == 1
     state, stopped, metrics = update(state, rollout, plan, stopped)
     assert stopped and int(state.policy.updates) == 1 and values_of(metrics)["ppo/policy/skipped"] == 1
+    assert values_of(metrics)["ppo/val/grad_norm"] > 0
+    state, stopped, metrics = update(state, rollout, plan, stopped)
+    computed = {name for name, metric in metrics.items() if metric.count > 0}
+    assert computed == {f"ppo/{model}/{name}" for model in ("policy", "val") for name in ("skipped", "not_finite")}
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(cfg, value_cfg, ragged, one_device):

@@ -11,9 +11,10 @@ from easyrl.core.errors import UserError
 from easyrl.data.packing import Shape, pack
 from easyrl.sampling.decode import SamplingConfig
 from easyrl.steps.packed import place_plans
-from easyrl.steps.ppo import Passes, PPOConfig, Rollout, make_finish, make_forward
+from easyrl.steps.ppo_config import PPOConfig
 from easyrl.steps.rollout import SampledBatch, join_samples, lengths_of, minibatches, self_check
 from easyrl.steps.sampling import Sampler
+from easyrl.steps.scoring import Passes, Rollout, make_finish, make_forward
 from tests.steps.conftest import everywhere, make_params
 
 B, P, C = 8, 6, 8

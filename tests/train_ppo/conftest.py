@@ -24,6 +24,7 @@ from easyrl.core.sharding import make_mesh
 from easyrl.hf.export import export_model
 from easyrl.models.families import param_specs
 from easyrl.models.llama import LlamaConfig
+from easyrl.runtime import training
 from easyrl.runtime.jsonl import read_jsonl
 from tests.offline import Died, dying_loop
 
@@ -175,9 +176,9 @@ def run(materials, tmp_path_factory):
             patch.setenv("EASYRL_CACHE", str(materials.folder / "cache"))
             patch.setattr(train_ppo, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:num_devices]))
             if not report:
-                patch.setattr(train_ppo, "write_report", lambda *_: None)
+                patch.setattr(training, "write_report", lambda *_: None)
             if dies_before:
-                patch.setattr(train_ppo, "run_loop", dying_loop(dies_before))
+                patch.setattr(training, "run_loop", dying_loop(dies_before))
             with contextlib.suppress(Died):
                 train_ppo.main(load_config(train_ppo.Config, to_argv(given)))
         return Result(path)

@@ -34,6 +34,7 @@ def test_everything_that_is_promised_is_there(finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
         ".lock",
+        "run_id.txt",
         "config.yaml",
         "checkpoints",
         "metrics.jsonl",

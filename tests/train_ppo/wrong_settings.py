@@ -122,6 +122,10 @@ FLAGS = {
         lambda b: {"kl_target": 1, "kl_horizon": 3.2, "rollouts_per_prompt": 2},
         "--kl_horizon=3.2: expected more than 3.2, a fifth of the 16 responses of a step",
     ),
+    "a horizon without a target": (lambda b: {"kl_horizon": 3}, "--kl_horizon=3: needs --kl_target"),
+    "a KL loss without a gradient": (
+        lambda b: {"kl_in": "loss"}, "--kl_in=loss: the gradient of --kl_estimator=k1 is 0 on average"
+    ),
     "fewer than no unfrozen layers": (
         lambda b: {"num_layers_unfrozen": -2}, "--num_layers_unfrozen=-2: expected -1 or more"
     ),
