@@ -112,7 +112,7 @@ def test_loss_on_all_tokens_in_several_passes(folder, flags, tmp_path):
     [
         ({"load_checkpoint": ""}, "--load_checkpoint: found nothing, expected hf::"),
         ({"load_checkpoint": "random::debug"}, "--tokenizer: found nothing"),
-        ({"train_dataset.seq_length": 99}, "--train_dataset.seq_length=99: the model of --load_checkpoint"),
+        ({"train_dataset.seq_length": 99}, "tokens, --train_dataset.seq_length is 99"),
         ({"train_dataset.path": ""}, "--train_dataset.path: found nothing"),
         ({"train_dataset.path": "nowhere.jsonl"}, "--train_dataset.path: nowhere.jsonl: no such file"),
         ({"eval_dataset.path": "nowhere.jsonl"}, "--eval_dataset.path: nowhere.jsonl: no such file"),
@@ -128,7 +128,7 @@ def test_loss_on_all_tokens_in_several_passes(folder, flags, tmp_path):
     ],
 )
 def test_what_is_wrong_is_one_line(flags, tmp_path, more, complaint):
-    if complaint is None:  # a split without data is not read
+    if complaint is None:  # a split without data is refused for that
         more |= {"eval_dataset.path": flags["train_dataset.path"]}
         complaint = "--eval_dataset.split=[4:2: expected"
     with pytest.raises(UserError) as caught:
