@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from easyrl.core.checkpoints import Writer
+from easyrl.core.checkpoints import Writer, read_facts
 from easyrl.core.command_line import run
 from easyrl.core.config import flag
 from easyrl.core.dtypes import DTYPES
@@ -32,7 +32,7 @@ from easyrl.hf.fields import read_json
 from easyrl.hf.model_card import ModelCard
 from easyrl.hf.presets import PRESETS
 from easyrl.hf.refs import FoundModel, find_model, load_weights, parse_ref, stored_as
-from easyrl.hf.saved import SavedModel, write_models
+from easyrl.hf.saved import SavedModel, statistics, write_models
 from easyrl.hf.verify import has_torch, our_outputs, random_tokens, transformers_outputs
 from easyrl.models.heads import HEADS
 
@@ -140,11 +140,13 @@ def special_ids(found: FoundModel, tokenizer: Tokenizer | None) -> set[int]:
 def kept_texts(found: FoundModel, head: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields of config.json, generation_config.json) that go over as they are."""
     # A classifier that names no pad token gets none from its tokenizer: scores would be read elsewhere.
-    fields = {} if head == "lm" else {"pad_token_id": None}
+    fields: dict[str, Any] = {} if head == "lm" else {"pad_token_id": None}
     if found.directory is None:
         return fields, {}
     raw, generation = read_json(found.directory / "config.json"), found.directory / "generation_config.json"
     fields |= {key: raw[key] for key in KEPT if raw.get(key) is not None}
+    if head == "reward" and found.saved is not None:
+        fields |= statistics(read_facts(found.saved.folder, found.saved.step).get("metrics", {}))
     return fields, read_json(generation) if generation.exists() else {}
 
 

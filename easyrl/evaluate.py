@@ -211,7 +211,7 @@ def score_both(config: Config, pairs: list[tuple[Generation, Generation]]) -> tu
     score, template, max_length = load_scorer(config)
     try:
         sequences = [
-            encode_conversation(template, row.messages, row.answer, ended=True) for pair in pairs for row in pair
+            encode_conversation(template, row.messages, row.answer, ended=row.ended) for pair in pairs for row in pair
         ]
     except BadRow as error:
         raise UserError(f"--template={config.template}: {error}") from None
@@ -220,7 +220,15 @@ def score_both(config: Config, pairs: list[tuple[Generation, Generation]]) -> tu
     ours, theirs = score(kept).reshape(-1, 2).astype(np.float64).T
     equal = [np.array_equal(one, other) for one, other in zip(kept[::2], kept[1::2], strict=True)]
     means = {"generations": float(ours.mean()), "baseline": float(theirs.mean())}
-    return 0.5 + 0.5 * np.where(equal, 0.0, np.sign(ours - theirs)), {"reward_mean": means, "cut": float(cut)}
+    ended = {
+        name: float(np.mean([row.ended for row in rows]))
+        for name, rows in zip(means, zip(*pairs, strict=True), strict=True)
+    }
+    return 0.5 + 0.5 * np.where(equal, 0.0, np.sign(ours - theirs)), {
+        "reward_mean": means,
+        "ended": ended,
+        "cut": float(cut),
+    }
 
 
 def category_of(pair: tuple[Generation, Generation], column: str) -> str:

@@ -41,7 +41,7 @@ from easyrl.hf.saved import SavedModel
 from easyrl.models.families import param_specs
 from easyrl.models.long_attention import sees_stems
 from easyrl.rewards.models import FoundSources, find_sources, named_sources
-from easyrl.runtime.alarms import ChosenFalls, chosen_falls_hook
+from easyrl.runtime.alarms import ChosenFalls, chosen_falls_hook, nothing_learnt_hook
 from easyrl.runtime.offline import (
     OfflineConfig,
     Start,
@@ -66,6 +66,9 @@ from easyrl.steps.sampling import Sampler
 from easyrl.steps.state import abstract_train_state, create_train_state
 
 SCRIPT = "train_dpo"
+NO_PAIR = (
+    "of no prompt two different answers could be told apart (--missing_eos=mask leaves out answers that were cut off)"
+)
 METHODS = {"ipo": "IPO", "simpo": "SimPO", "orpo": "ORPO", "kto": "KTO"}  # loss -> its name; others are DPO
 Placer = Callable[[Batch], Any]  # a host batch -> the device batch that the step takes
 
@@ -229,6 +232,7 @@ def main(config: Config) -> None:
             measure=pairs.measure, export=export, model=model,
             bar={"reward": "env/reward_mean", "KL": "objective/kl", "loss": "loss", "eval": "eval/reward_mean"},
             best_by="reward_mean", memories={"online": pairs}, faults=pairs.faults, samples=pairs.samples,
+            hooks=[nothing_learnt_hook(lambda metrics: metrics["online/told_share"] > 0, NO_PAIR)],
         )  # fmt: skip
     else:
         alarm = ChosenFalls()

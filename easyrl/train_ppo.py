@@ -43,6 +43,7 @@ from easyrl.rewards.responses import response_batch, sample_rows
 from easyrl.rewards.score import Scored, score_responses
 from easyrl.rewards.shaping import Moments, RewardConfig
 from easyrl.rewards.sources import ResponseBatch
+from easyrl.runtime.alarms import nothing_learnt_hook
 from easyrl.runtime.checkpoint import open_checkpoints
 from easyrl.runtime.flight import FlightRecorder
 from easyrl.runtime.guard import check_weights
@@ -97,6 +98,7 @@ class Config(PPOConfig, RewardConfig, DecodingConfig, RunConfig):
     rollouts_per_prompt: int = flag(1, "Responses to each prompt.", least=1)
     generate_only: bool = flag(False, "Sample and score, but update nothing.")
 
+    total_steps: int = flag(0, "Steps. 0: as many as --num_epochs passes over the prompts take.", least=0)
     max_steps_per_epoch: int = flag(0, "Steps after which an epoch is cut short. 0: none.", least=0)
     ppo_epochs: int = flag(4, "Passes over each batch of rollouts.", least=1)
     mini_batch_size: int = flag(
@@ -177,13 +179,14 @@ def main(config: Config) -> None:
     tokenizer, template, stop_ids = begin.tokenizer, begin.template, begin.stop_ids
 
     prompts = PromptDataset(config.train_dataset, template, config.seed)
-    say(prompts.dataset.summary())
     held_out = None
     if config.eval_dataset.path:
         like_train = config.eval_dataset.like(config.train_dataset)
         held_out = PromptDataset(like_train, template, config.seed, name="eval_dataset", keep_last=True)
-    for data in (prompts, held_out) if held_out else (prompts,):
-        begin.sources.check(data.columns)
+    for name, data in {"train_dataset": prompts, "eval_dataset": held_out}.items():
+        if data is not None:
+            say(f"--{name}: {data.dataset.summary()}")
+            begin.sources.check(data.columns)
 
     run_dir = make_run_dir(config.output_dir, "train_ppo", config.checkpoint_dir)
     value_dir = run_dir.path / "hf_value"
@@ -200,7 +203,7 @@ def main(config: Config) -> None:
 
     # ------------------------------------------------------------ schedule, state
     steps_per_epoch = min(prompts.steps_per_epoch, config.max_steps_per_epoch or prompts.steps_per_epoch)
-    total_steps = config.num_epochs * steps_per_epoch
+    total_steps = config.total_steps or config.num_epochs * steps_per_epoch
     updates_per_step = config.ppo_epochs * config.num_responses // config.mini_batch_size
     warmup_updates = updates_in(config.warmup_epochs, steps_per_epoch * updates_per_step)
     frozen_steps = updates_in(config.policy_freeze_epochs, steps_per_epoch)
@@ -373,6 +376,8 @@ def main(config: Config) -> None:
             yield step, prompts.batch(epoch * prompts.steps_per_epoch + step_of_epoch)
 
     troubles = Troubles()
+    why = f"no response ended within --max_continuation_len={config.max_continuation_len}, and --missing_eos=mask"
+    masked_out = nothing_learnt_hook(lambda metrics: "env/reward_mean" in metrics, why)
     held = {LOWEST: len(begin.shared)} if begin.shared else {}
     training = Training[PPOState](
         name="PPO", batches=batches(), step=ppo_step, evaluate=evaluate,
@@ -386,7 +391,7 @@ def main(config: Config) -> None:
             "tok/s": "tokens_per_second",
         },
         best_by="eval/reward_mean", guard=recorder.guard(config.max_bad_steps), memories={"moments": moments},
-        hooks=[troubles.tolerate(recorder.hook(), "rollouts")], samples=samples,
+        hooks=[troubles.tolerate(recorder.hook(), "rollouts"), masked_out], samples=samples,
     )  # fmt: skip
     run_training(config, run_dir, checkpoints, troubles, state, training, total_steps)
 

@@ -23,7 +23,7 @@ from easyrl.data.loader import Batch, Loader
 from easyrl.data.tokenizer import classifier_pad_id
 from easyrl.hf.export import export_model
 from easyrl.hf.refs import load_weights, stored_as
-from easyrl.hf.saved import SavedModel
+from easyrl.hf.saved import SavedModel, statistics
 from easyrl.models.families import param_specs
 from easyrl.rewards.accuracy import ALL, Accuracy, accuracy_table, label_accuracies, pair_accuracies, subset_names
 from easyrl.runtime.offline import (
@@ -43,8 +43,6 @@ from easyrl.steps.reward import RewardBatch, RewardLossConfig, make_reward_eval,
 from easyrl.steps.state import TrainState, abstract_train_state, create_train_state
 
 SCRIPT, NAME = "train_rm", "Reward model"
-# Fields of the exported config.json, for whoever wants rewards of mean 0 and spread 1, and the metrics they come from.
-STATISTICS = {"reward_mean": "eval/mean_reward", "reward_std": "eval/reward_std"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +121,7 @@ def main(config: Config) -> None:
         export_model(
             folder, start.cfg, params, "reward",
             tokenizer=tokenizer,
-            config_fields={
-                "pad_token_id": pad_id,
-                # A step without an evaluation has none.
-                **{field: metrics[name] for field, name in STATISTICS.items() if name in metrics},
-            },
+            config_fields={"pad_token_id": pad_id, **statistics(metrics)},
             model_card=model_card(config, NAME, template, total, metrics, **facts),
         )  # fmt: skip
 

@@ -123,6 +123,20 @@ def test_equal_answers_tie(flags, monkeypatch, capsys):
     assert (row["wins"], row["ties"], row["losses"], row["win_rate"]) == (0, len(OURS), 0, 0.5)
 
 
+def test_an_answer_that_was_cut_off_gets_no_end(flags, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": "a", "response": "b"}]
+    ours, theirs = (
+        write_rows(tmp_path / f"{ended}.jsonl", [row | {"ended": ended} for row in rows]) for ended in (True, False)
+    )
+    seen, template = [], load_template("none", make_tokenizer())
+    score = lambda sequences: seen.extend(sequences) or np.arange(len(sequences), dtype=np.float32)
+    monkeypatch.setattr(evaluate, "load_scorer", lambda config: (score, template, 16))
+    run_script(evaluate, flags["model"] | {"generations": ours, "baseline": theirs})
+    assert seen[0].tolist() == [*seen[1], template.tokenizer.eos_token_id]
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["ended"] == {"generations": 1.0, "baseline": 0.0}
+
+
 @pytest.mark.parametrize("use", ["model", "pairs"])
 def test_a_score_that_is_not_finite_is_no_result(flags, tmp_path, monkeypatch, use):
     """Of two pairs of answers the first three are scored well."""

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from easyrl import evaluate, train_rm
+from easyrl import convert, evaluate, train_rm
 from easyrl.core.errors import UserError
 from tests.offline import TINY, explained, facts_of_card, metrics_of, run_script, write_rows
 from tests.train_ppo.conftest import make_tokenizer, write_model
@@ -73,6 +73,12 @@ def test_the_export_carries_the_statistics_of_its_rewards(trained):
     assert config["reward_mean"] == pytest.approx(last["eval/mean_reward"])
     assert config["reward_std"] == pytest.approx(last["eval/reward_std"])
     assert config["reward_std"] > 0
+
+
+def test_what_convert_makes_of_its_checkpoint_carries_them_too(trained, tmp_path):
+    run_script(convert, {"load_checkpoint": f"easyrl::{trained}", "output_dir": tmp_path / "hf"})
+    exported, converted = (json.loads((at / "hf" / "config.json").read_text()) for at in (trained, tmp_path))
+    assert exported == converted
 
 
 def test_evaluate_finds_what_training_reported(trained, folder, capsys):

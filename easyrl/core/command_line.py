@@ -163,10 +163,34 @@ def _is_null(node: yaml.Node) -> bool:
     return node.tag == "tag:yaml.org,2002:null"
 
 
+# Names of other trainers' flags, and of the flags here that do the same.
+ELSEWHERE = {
+    "learning_rate": ("lr",),
+    "max_steps": ("total_steps",),
+    "num_train_epochs": ("num_epochs",),
+    "per_device_train_batch_size": ("train_dataset.batch_size",),
+    "gradient_accumulation_steps": ("micro_batch_size",),
+    "gradient_checkpointing": ("remat",),
+    "max_length": ("train_dataset.seq_length",),
+    "max_new_tokens": ("max_continuation_len",),
+    "response_length": ("max_continuation_len",),
+    "model_name_or_path": ("load_checkpoint", "load_checkpoint_policy"),
+    "ref_model_path": ("load_checkpoint_reference",),
+    "reward_model_path": ("load_checkpoint_reward",),
+    "dataset_name": ("train_dataset.path",),
+    "save_steps": ("save_model_freq",),
+    "eval_steps": ("eval_freq",),
+    "logging_steps": ("log_freq",),
+    "bf16": ("dtype",),
+    "fp16": ("dtype",),
+}
+
+
 def _did_you_mean(name: str, names: Iterable[str], dashes: str = "") -> str:
     """`: did you mean ...?` with the names that end in `name`, end as it does or come close to it, or nothing."""
     names, last = list(names), name.rpartition(".")[2]
-    close = [known for known in names if known.endswith(f".{name}")]
+    close = [known for known in ELSEWHERE.get(name, ()) if known in names]
+    close = close or [known for known in names if known.endswith(f".{name}")]
     close = close or difflib.get_close_matches(name, [known for known in names if known.split(".")[-1] == last], 2, 0.0)
     close = close or difflib.get_close_matches(name, names, 2)
     return f": did you mean {' or '.join(dashes + known for known in close)}?" if close else ""

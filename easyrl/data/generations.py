@@ -22,6 +22,11 @@ class Generation(NamedTuple):
     answer: str
     columns: dict[str, Any]  # the row's other columns
 
+    @property
+    def ended(self) -> bool:
+        """Whether the model ended it by itself, which it is taken to have where the row does not say (`ended`)."""
+        return self.columns.get("ended") is not False
+
 
 def read_generations(path: str, flag: str) -> list[Generation]:
     """The rows of a file: a prompt as trainers read it (`messages`, `prompt`, `instruction`) with the answer beside it.

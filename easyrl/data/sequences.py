@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from easyrl.core.errors import UserError
-from easyrl.data.formats import Example, Labelled, Pair, Prompt, parse_row
+from easyrl.data.formats import Demonstration, Example, Labelled, Pair, Prompt, parse_row
 from easyrl.data.messages import as_dicts
 from easyrl.data.readers import Row
 from easyrl.data.templates import Answered, Template
 
 # Why a sample is left out.
 TOO_LONG = "too long"  # under remove_truncated_samples
+LABELLED_BAD = "answer labelled bad"  # `label` false, where answers are learnt (sft); a 0 may be a class of something
 ALIKE = "answers alike"  # of a pair, once a template has trimmed them or the end in which they differ is cut off
 
 
@@ -87,6 +88,8 @@ class Encoder:
     def _sample(self, example: Example) -> Sample:
         if isinstance(example, Prompt):
             return self._prompt(example)
+        if isinstance(example, Demonstration) and example.columns.get("label") is False:
+            return Sample((), left_out=LABELLED_BAD)
         if isinstance(example, Pair):
             answers, value = [example.chosen, example.rejected], example.margin
         else:

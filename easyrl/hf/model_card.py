@@ -1,5 +1,6 @@
 """README.md of an exported model."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,18 @@ class ModelCard:
     input_format: str = ""
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def name_of(ref: str) -> str:
+    """What people call the model of a reference: its folder's name, or the run's where that is an export of a run."""
+    path = Path(ref.partition("::")[2])
+    exported = re.fullmatch(r"hf|hf_best|hf-\d+|checkpoints|\d+", path.name)
+    return name_of(f"::{path.parent}") if exported and path.parent.name else path.name
+
+
+def template_of(named: str) -> str:
+    """The chat format that --template names, for people."""
+    return "the base model's own" if named == "tokenizer" else named
 
 
 def render(card: ModelCard, head: str, *, chat: bool = False) -> str:

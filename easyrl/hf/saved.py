@@ -47,6 +47,15 @@ class SavedModel(NamedTuple):
     dtype: Any = np.float32
 
 
+# Fields of a reward model's config.json, for whoever wants rewards of mean 0 and spread 1, and where they are from.
+STATISTICS = {"reward_mean": "eval/mean_reward", "reward_std": "eval/reward_std"}
+
+
+def statistics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What the config.json of a reward model with these metrics says of its scores: nothing without an evaluation."""
+    return {field: metrics[name] for field, name in STATISTICS.items() if metrics.get(name) is not None}
+
+
 class SavedWeights(NamedTuple):
     """The weights of a model at a step of a run."""
 

@@ -48,8 +48,8 @@ def judge_responses(
     """The scores of a batch, for whoever ranks responses and pays nothing: steps 1 and 2 of `shaping`.
 
     Metrics: `env/reward_mean`, `env/reward_std`, `env/reward_min`, `env/reward_max` of the scores; with several sources
-    `env/reward/<name>`, the mean of each before its weight; and what the sources report. Means are over kept responses,
-    0 where there is none.
+    `env/reward/<name>`, the mean of each before its weight; and what the sources report. Statistics are of the kept
+    responses, and missing where there is none.
     """
     total, each, metrics = _ask(batch, sources, weights)
     scores, keep = apply_missing_eos(total, batch.ended, missing_eos)
@@ -96,7 +96,9 @@ def _ask(
 
 
 def _statistics(scores: np.ndarray, keep: np.ndarray, each: dict[str, np.ndarray]) -> dict[str, float]:
-    kept = scores[keep] if keep.any() else np.zeros(1)
+    if not keep.any():
+        return {}
+    kept = scores[keep]
     metrics = {
         "env/reward_mean": float(kept.mean()),
         "env/reward_std": float(kept.std()),
@@ -104,7 +106,7 @@ def _statistics(scores: np.ndarray, keep: np.ndarray, each: dict[str, np.ndarray
         "env/reward_max": float(kept.max()),
     }
     if len(each) > 1:
-        metrics |= {f"env/reward/{name}": _mean(raw[keep]) for name, raw in each.items()}
+        metrics |= {f"env/reward/{name}": float(raw[keep].mean()) for name, raw in each.items()}
     return metrics
 
 
@@ -119,10 +121,6 @@ def _faults(each: dict[str, np.ndarray], keep: np.ndarray, rewards: np.ndarray) 
     ]
     # Each source is finite, and yet their weighted sum or what --reward_gain makes of it is not.
     return tuple(found or [f"the sum of rewards of response {row} is not finite" for row in bad])
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if values.size else 0.0
 
 
 def _unused(name: str, taken: dict[str, np.ndarray]) -> str:

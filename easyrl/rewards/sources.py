@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,7 +134,11 @@ def function_source(spec: str) -> Source:
             try:
                 scores = function(list(batch.prompts), list(batch.responses), **columns)
             except Exception as error:
-                raise UserError(f"--reward_function={spec} raised {type(error).__name__}: {error}") from error
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                raise UserError(
+                    f"--reward_function={spec} raised {type(error).__name__}: {error} "
+                    f"({place.filename}, line {place.lineno}, in {place.name})"
+                ) from error
             return _checked(scores, len(batch), f"--reward_function={spec}").tolist()
 
         # Asked once: a function may draw random numbers, or ask a service that does.

@@ -1,7 +1,7 @@
-"""An alarm for preference training that goes the wrong way round: margins grow because good answers become unlikely."""
+"""Alarms for training that goes wrong without a bad number: what they compare, and the hooks that say so."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -67,3 +67,24 @@ def chosen_falls_hook(alarm: ChosenFalls) -> Hook:
             warn(f"step {info.step}: chosen answers become less likely while margins grow ({ALARM}); see docs/dpo.md")
 
     return Hook(on_step)
+
+
+def nothing_learnt_hook(learnt: Callable[[Mapping[str, float]], bool], why: str) -> Hook:
+    """Warns when a step is the first from whose responses nothing can be learnt, and at the end says how many were.
+
+    `learnt(metrics)` tells of a step whether something could; `why` is what to look at where nothing can.
+    """
+    steps = nothing = 0
+
+    def on_step(info: StepInfo) -> None:
+        nonlocal steps, nothing
+        steps += 1
+        nothing += (none := not learnt(info.metrics))
+        if none and nothing == 1:
+            warn(f"step {info.step}: nothing to learn from: {why}")
+
+    def at_end(info: StepInfo) -> None:
+        if nothing:
+            warn(f"{nothing} of {steps} steps had nothing to learn from: {why}")
+
+    return Hook(on_step, on_end=at_end, on_stop=at_end)

@@ -8,7 +8,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import optax
@@ -25,7 +24,7 @@ from easyrl.data.prompts import PromptDataset
 from easyrl.data.templates import Template, load_template
 from easyrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from easyrl.hf.export import check_replaceable
-from easyrl.hf.model_card import ModelCard
+from easyrl.hf.model_card import ModelCard, name_of, template_of
 from easyrl.hf.refs import FoundModel, check_length, find_model
 from easyrl.models.long_attention import sees_stems
 from easyrl.runtime.checkpoint import Checkpoints, open_checkpoints
@@ -175,11 +174,11 @@ def model_card(
     base_model = config.load_checkpoint.partition("::")[2]
     data = config.train_dataset
     return ModelCard(
-        title=f"{method} from {Path(base_model).name}",
+        title=f"{method} from {name_of(config.load_checkpoint)}",
         method=method,
         base_model=base_model,
         datasets=(data.path,),
-        template=config.template,
+        template=template_of(config.template),
         input_format=template.render((Message("user", "Your message here!"),), add_generation_prompt=True),
         hyperparameters={
             "learning_rate": config.lr,

@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from easyrl.data.messages import Message
 from easyrl.data.templates import Template
-from easyrl.hf.model_card import ModelCard
+from easyrl.hf.model_card import ModelCard, name_of, template_of
 from easyrl.runtime.metrics import timeless
 from easyrl.steps.optimizer import optimizer_facts
 
@@ -15,13 +14,13 @@ from easyrl.steps.optimizer import optimizer_facts
 def ppo_card(config: Any, metrics: Mapping[str, float], template: Template, reward: str) -> ModelCard:
     """The card of the policy that `train_ppo` exports; `config` is that script's, `reward` names what paid."""
     return ModelCard(
-        title=f"{Path(config.load_checkpoint_policy.partition('::')[2]).name} tuned with PPO",
+        title=f"{name_of(config.load_checkpoint_policy)} tuned with PPO",
         method="PPO",
         base_model=config.load_checkpoint_policy.partition("::")[2],
         reference_model=config.load_checkpoint_reference.partition("::")[2],
         reward_model=reward,
         datasets=(config.train_dataset.path,),
-        template=config.template,
+        template=template_of(config.template),
         input_format=template.render((Message("user", "Your message here!"),), add_generation_prompt=True),
         hyperparameters={
             "learning_rate": config.lr,
@@ -30,8 +29,8 @@ def ppo_card(config: Any, metrics: Mapping[str, float], template: Template, rewa
             "mini_batch_size": config.mini_batch_size,
             **optimizer_facts(config.optimizer),
             "lr_scheduler_type": config.lr_schedule,
-            "lr_scheduler_warmup_ratio": config.warmup_epochs / config.num_epochs,
-            "num_epochs": config.num_epochs,
+            "lr_scheduler_warmup_epochs": config.warmup_epochs,
+            **({"training steps": config.total_steps} if config.total_steps else {"num_epochs": config.num_epochs}),
             "PPO epochs": config.ppo_epochs,
             "KL penalty coefficient": config.kl_coef,
             "KL estimator": config.kl_estimator,

@@ -153,6 +153,7 @@ def test_an_empty_file_or_group_says_nothing(write):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        ("--max_steps=1", "unknown flag --max_steps: did you mean --total_steps?"),
         ("--total_step=1", "unknown flag --total_step: did you mean --total_steps?"),
         ("--mesh=1", "unknown flag --mesh"),
         ("--lr=1", "unknown flag --lr: did you mean --optimizer.lr or --value_optimizer.lr?"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from easyrl.data.readers import Row
-from easyrl.data.sequences import ALIKE, Encoder, Limits, fit
+from easyrl.data.sequences import ALIKE, LABELLED_BAD, Encoder, Limits, fit
 from easyrl.data.templates import load_template
 
 
@@ -94,6 +94,12 @@ def test_a_pair_whose_answers_are_the_same_tokens_is_left_out(template, tokenize
     trimming = load_template("llama3", tokenizer)
     (trimmed,) = encode(trimming, "pair", {"prompt": "q", "chosen": "yes", "rejected": "yes "}, 400)
     assert (trimmed.sequences, trimmed.left_out) == ((), ALIKE)
+
+
+@pytest.mark.parametrize(("label", "left_out"), [(False, LABELLED_BAD), (True, ""), (0, ""), ("false", "")])
+def test_an_answer_labelled_bad_is_not_learnt_as_one_to_give(label, left_out, template):
+    (sample,) = encode(template, "sft", {"prompt": "q", "completion": "a", "label": label}, 60)
+    assert sample.left_out == left_out and bool(sample.sequences) != bool(left_out)
 
 
 def test_labels_and_texts(template):

@@ -1,6 +1,7 @@
+import pytest
 import yaml
 
-from easyrl.hf.model_card import ModelCard, render
+from easyrl.hf.model_card import ModelCard, name_of, render
 
 CARD = ModelCard(
     title="Tulu 2.5 PPO 13B",
@@ -86,3 +87,20 @@ def test_the_code_that_loads_it_is_python():
             code = render(ModelCard("x"), head, chat=chat).split("```python\n")[1].split("```")[0]
             compile(code, "README.md", "exec")
             assert code.index("folder = ") < code.index("from_pretrained(folder)")
+
+
+@pytest.mark.parametrize(
+    ("ref", "name"),
+    [
+        ("hf::allenai/tulu-2-13b", "tulu-2-13b"),
+        ("hf::runs/sft/hf", "sft"),
+        ("hf::runs/sft/hf_best", "sft"),
+        ("hf::runs/sft/hf-40", "sft"),
+        ("easyrl::runs/sft/checkpoints/40", "sft"),
+        ("easyrl::runs/sft", "sft"),
+        ("hf::hf", "hf"),
+        ("random::debug", "debug"),
+    ],
+)
+def test_a_model_has_the_name_of_the_run_that_made_it(ref, name):
+    assert name_of(ref) == name

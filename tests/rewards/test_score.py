@@ -37,11 +37,11 @@ def test_metrics_are_in_units_of_the_sources_and_over_kept_responses(batch_of):
     assert "env/reward/rm" not in scored.metrics  # it would be env/reward_mean again
 
 
-def test_a_batch_without_a_kept_response_has_finite_metrics(batch_of):
+def test_a_batch_without_a_kept_response_has_no_reward_to_report(batch_of):
     config = RewardConfig(missing_eos="mask")
     sources = [constant("a", 1.0), constant("b", 1.0)]
     scored, _ = score_responses(batch_of("x", ended=[False]), sources, (1.0, 1.0), config, RunningMoments())
-    assert np.isfinite(list(scored.metrics.values())).all()
+    assert scored.metrics == {} and not scored.keep.any()
 
 
 def test_sources_of_one_name_are_told_apart(batch_of):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from easyrl.core import distributed
-from easyrl.runtime.alarms import ChosenFalls, chosen_falls_hook
+from easyrl.runtime.alarms import ChosenFalls, chosen_falls_hook, nothing_learnt_hook
 from easyrl.runtime.loop import StepInfo
 
 
@@ -51,3 +51,19 @@ def test_the_hook_adds_the_metric_and_process_0_warns_once(process, monkeypatch,
     warning = "easyrl: warning: step 4: chosen answers become less likely while margins grow (alarms/chosen_falls)"
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (process == 0) and all(line.startswith(warning) for line in lines)
+
+
+def test_steps_with_nothing_to_learn_from_are_told_once_and_counted(capsys):
+    hook = nothing_learnt_hook(lambda metrics: metrics["pairs"] > 0, "no answer ended")
+    for step, pairs in enumerate([1, 0, 0, 2], 1):
+        hook.on_step(StepInfo(step, {"pairs": pairs}))
+    assert capsys.readouterr().err == "easyrl: warning: step 2: nothing to learn from: no answer ended\n"
+    hook.on_end(StepInfo(4, {}))
+    assert capsys.readouterr().err == "easyrl: warning: 2 of 4 steps had nothing to learn from: no answer ended\n"
+
+
+def test_a_run_that_always_learns_says_nothing(capsys):
+    hook = nothing_learnt_hook(lambda metrics: True, "")
+    hook.on_step(StepInfo(1, {}))
+    hook.on_end(StepInfo(1, {}))
+    assert not capsys.readouterr().err

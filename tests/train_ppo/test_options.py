@@ -162,6 +162,11 @@ def test_weights_in_less_than_what_computes_have_an_equal_reference(run):
     assert run(param_dtype="bf16", max_steps_per_epoch=1).metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
+def test_total_steps_go_on_over_the_prompts(run):
+    result = run(total_steps=3, max_steps_per_epoch=2)
+    assert [metrics["step"] for metrics in result.metrics] == [1, 2, 3]
+
+
 def test_sampling_flags_reach_the_sampler(run):
     result = run(top_k=1, min_continuation_len=3, rollouts_per_prompt=2, train_dataset__batch_size=4,
                  max_steps_per_epoch=1, logged_samples=8, generate_only=True)  # fmt: skip
