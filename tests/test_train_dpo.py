@@ -8,7 +8,7 @@ import pytest
 from easyrl import train_dpo
 from easyrl.core.errors import UserError
 from easyrl.hf.presets import PRESETS
-from easyrl.steps import reference
+from easyrl.runtime import reference
 from tests.offline import TINY, facts_of_card, metrics_of, run_script, write_rows
 from tests.train_ppo.conftest import write_model
 

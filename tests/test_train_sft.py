@@ -75,6 +75,7 @@ def test_a_run_learns_and_leaves_everything_it_promises(folder, flags, tmp_path)
         "metrics.jsonl",
         "report.html",
         "samples.jsonl",
+        "run_id.txt",
     }
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]  # 12 rows, 8 a step: one step an epoch
     evaluated = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
