@@ -29,7 +29,7 @@ def ppo_card(config: Any, metrics: Mapping[str, float], template: Template, rewa
             "mini_batch_size": config.mini_batch_size,
             **optimizer_facts(config.optimizer),
             "lr_scheduler_type": config.lr_schedule,
-            "lr_scheduler_warmup_epochs": config.warmup_epochs,
+            "lr_scheduler_warmup_ratio": config.warmup_epochs / config.num_epochs,
             **({"training steps": config.total_steps} if config.total_steps else {"num_epochs": config.num_epochs}),
             "PPO epochs": config.ppo_epochs,
             "KL penalty coefficient": config.kl_coef,
