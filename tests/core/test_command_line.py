@@ -450,22 +450,21 @@ def test_help_of_a_script(script):
     assert "How to end." in done.stdout
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize(("end", "status"), [("well", 0), ("wrong", 2), ("interrupted", 130)])
+@pytest.mark.parametrize(
+    ("end", "status", "unbuffered"), [("well", 0, "1"), ("wrong", 2, ""), ("interrupted", 130, "")]
+)
 def test_a_script_that_nobody_reads_ends_as_it_would(unbuffered, end, status, script, closed_pipe):
     done = script(f"--end={end}", stdout=closed_pipe, stderr=closed_pipe, unbuffered=unbuffered)
     assert done.returncode == status
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_script_whose_log_has_no_room_ends_as_it_would(unbuffered, script):
+def test_a_script_whose_log_has_no_room_ends_as_it_would(script):
     with open("/dev/full", "w") as full:
-        assert script("--end=well", stdout=full, stderr=full, unbuffered=unbuffered).returncode == 0
+        assert script("--end=well", stdout=full, stderr=full).returncode == 0
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_help_of_which_nobody_reads_the_end(unbuffered, script, closed_pipe):
-    done = script("--help", stdout=closed_pipe, unbuffered=unbuffered)
+def test_help_of_which_nobody_reads_the_end(script, closed_pipe):
+    done = script("--help", stdout=closed_pipe)
     assert (done.returncode, done.stderr) == (0, "")
 
 
