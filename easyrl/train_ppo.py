@@ -275,7 +275,7 @@ def main(config: Config) -> None:
         compile_programs(expected())
 
     # ------------------------------------------------------------ one step
-    moments, checked, samples = Moments(), False, list[dict[str, Any]]()
+    moments, checked, shown = Moments(), False, list[dict[str, Any]]()  # shown: rows for samples.jsonl
     facts = {"policy_updates": policy_updates, "total_updates": value_updates, "warmup_updates": warmup_updates}
     recorder = FlightRecorder(run_dir.path / "rollouts", config.record_rollouts, facts | {"config": to_dict(config)})
 
@@ -324,7 +324,7 @@ def main(config: Config) -> None:
                 shapes=update_shapes, mesh=mesh,
             )  # fmt: skip
 
-        samples.extend(sample_rows("train", responses, scored, config.logged_samples))
+        shown.extend(sample_rows("train", responses, scored, config.logged_samples))
         metrics = {**scored.metrics, **rollout_metrics, **update_metrics, **timer.metrics()}
         metrics["tokens/ended_share"] = float(sampled.ended.mean())
         metrics["tokens/padding_share"] = packing.padding_share()
@@ -346,7 +346,7 @@ def main(config: Config) -> None:
             return sampled, responses, score_responses(responses, sources, weights, config, moments.value)[0]
 
         metrics, responses, scored = score_held_out(held_out, config.train_dataset.batch_size, score)
-        samples.extend(sample_rows("eval", responses, scored, 4 * config.logged_samples))
+        shown.extend(sample_rows("eval", responses, scored, 4 * config.logged_samples))
         return metrics
 
     # ------------------------------------------------------------ the exports
@@ -391,7 +391,7 @@ def main(config: Config) -> None:
             "tok/s": "tokens_per_second",
         },
         best_by="eval/reward_mean", guard=recorder.guard(config.max_bad_steps), memories={"moments": moments},
-        hooks=[troubles.tolerate(recorder.hook(), "rollouts"), masked_out], samples=samples,
+        hooks=[troubles.tolerate(recorder.hook(), "rollouts"), masked_out], samples=shown,
     )  # fmt: skip
     run_training(config, run_dir, checkpoints, troubles, state, training, total_steps)
 

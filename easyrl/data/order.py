@@ -17,9 +17,7 @@ from easyrl.data.bins import rows_needed
 # A batch of packed rows may hold this many times the samples that fill its rows on average. The bound gives batches a
 # fixed size in memory; only a stretch of uncommonly short samples meets it.
 MOST_SAMPLES = 2.0
-MOST_ALIKE = (
-    8  # samples of about the same length in a row: up to so many, their number alone tells that a batch is full
-)
+MOST_ALIKE = 8  # samples of about one length in a row: up to so many, their number alone tells that a batch is full
 PLANNED = 2000  # samples that the plan of an epoch draws at a time
 QUIET_SECONDS = 2  # of planning, before its progress is shown
 

@@ -134,7 +134,9 @@ def function_source(spec: str) -> Source:
             try:
                 scores = function(list(batch.prompts), list(batch.responses), **columns)
             except Exception as error:
-                place = traceback.extract_tb(error.__traceback__)[-1]
+                places = traceback.extract_tb(error.__traceback__)
+                own = [place for place in places if place.filename == inspect.getsourcefile(function)]
+                place = (own or places)[-1]  # rather than in a library that it calls
                 raise UserError(
                     f"--reward_function={spec} raised {type(error).__name__}: {error} "
                     f"({place.filename}, line {place.lineno}, in {place.name})"

@@ -133,7 +133,7 @@ def make_update(
         named |= {f"ppo/val/{name}": value for name, value in metrics.items()}
         return ppo.vf_coef * loss.total / jnp.maximum(num_tokens, 1.0), named
 
-    def policy_step(state: PPOState, rollout, plan, stopped, bottom, num_tokens):
+    def policy_step(state: PPOState, rollout, plan, stopped, bottom, num_tokens, runs):
         grads, metrics = grads_over_groups(
             plan, lambda p, g: policy_objective(p, g, rollout, bottom, state.kl_coef, num_tokens),
             state.policy.params, policy_shardings.params,
@@ -142,18 +142,18 @@ def make_update(
             stopped |= metrics["ppo/policy/approxkl"].value > ppo.target_kl
         wanted, loss = ~stopped & (num_tokens > 0), metrics["ppo/loss/policy"].total
         policy, taken = apply_gradients(state.policy, grads, policy_optimizer, loss, wanted & rollout.finite)
-        metrics["ppo/policy/grad_norm"] = constant_mean(optax.tree.norm(grads))
+        metrics["ppo/policy/grad_norm"] = Mean(optax.tree.norm(grads), runs)
         metrics["ppo/policy/skipped"] = constant_mean(1.0 - taken)
         metrics["ppo/policy/not_finite"] = constant_mean(wanted & ~taken)
         return policy, stopped, metrics
 
-    def value_step(state: PPOState, rollout, plan, stopped, num_tokens):
+    def value_step(state: PPOState, rollout, plan, stopped, num_tokens, runs):
         grads, metrics = grads_over_groups(
             plan, lambda p, g: value_objective(p, g, rollout, num_tokens), state.value.params, value_shardings.params
         )
         wanted, loss = ~stopped & (num_tokens > 0), metrics["ppo/loss/value"].total
         value, taken = apply_gradients(state.value, grads, value_optimizer, loss, wanted & rollout.finite)
-        metrics["ppo/val/grad_norm"] = constant_mean(optax.tree.norm(grads))
+        metrics["ppo/val/grad_norm"] = Mean(optax.tree.norm(grads), runs)
         metrics["ppo/val/skipped"] = constant_mean(1.0 - taken)
         metrics["ppo/val/not_finite"] = constant_mean(wanted & ~taken)
         return value, metrics
@@ -161,14 +161,12 @@ def make_update(
     def update(state: PPOState, rollout: Rollout, plan: Plans, stopped, bottom=None):
         num_tokens = count_planned(plan, rollout.mask)
         metrics: dict[str, Mean] = {}
-        policy, runs = state.policy, ~stopped
-        plan = tuple(each.replace(count=jnp.where(runs, each.count, 0)) for each in plan)
+        policy, runs = state.policy, 1.0 - stopped  # 1 or 0: a minibatch behind the stop has no groups, and no gradient
+        plan = tuple(each.replace(count=jnp.where(stopped, 0, each.count)) for each in plan)
         if train_policy:
-            policy, stopped, metrics = policy_step(state, rollout, plan, stopped, bottom, num_tokens)
-        value, value_metrics = value_step(state, rollout, plan, stopped, num_tokens)
+            policy, stopped, metrics = policy_step(state, rollout, plan, stopped, bottom, num_tokens, runs)
+        value, value_metrics = value_step(state, rollout, plan, stopped, num_tokens, runs)
         metrics |= value_metrics
-        for name in {"ppo/policy/grad_norm", "ppo/val/grad_norm"} & metrics.keys():
-            metrics[name] = Mean(metrics[name].total, runs.astype(jnp.float32))
         loss_value = metrics["ppo/loss/value"]
         loss_policy = metrics.get("ppo/loss/policy", Mean(jnp.zeros(()), loss_value.count))
         metrics["ppo/loss/total"] = Mean(loss_policy.total + ppo.vf_coef * loss_value.total, loss_value.count)
