@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ def function_source(spec: str) -> Source:
     """
     function = _load(spec)
     name = spec.rpartition(":")[2]
+    file = getattr(sys.modules[spec.partition(":")[0]], "__file__", None)
     parameters = list(inspect.signature(function).parameters.values())
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = [p for p in parameters[2:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -135,7 +137,7 @@ def function_source(spec: str) -> Source:
                 scores = function(list(batch.prompts), list(batch.responses), **columns)
             except Exception as error:
                 places = traceback.extract_tb(error.__traceback__)
-                own = [place for place in places if place.filename == inspect.getsourcefile(function)]
+                own = [place for place in places if place.filename == file]
                 place = (own or places)[-1]  # rather than in a library that it calls
                 raise UserError(
                     f"--reward_function={spec} raised {type(error).__name__}: {error} "

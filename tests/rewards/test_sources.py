@@ -183,6 +183,7 @@ def test_a_function_cannot_change_the_batch(module, batch_of):
         ("return None", "returned a NoneType, expected one for each of the 2 responses"),
         ("return {'a': 1}", "returned dict, expected 2 numbers"),
         ("raise KeyError('answer')", r"raised KeyError: 'answer' \(.*\.py, line 2, in f\)"),
+        ("import json; json.loads('{')", r"raised JSONDecodeError: .* \(.*\.py, line 2, in f\)"),
     ],
 )
 def test_a_function_that_misbehaves_is_named_in_one_line(module, batch_of, body, message):
@@ -190,7 +191,7 @@ def test_a_function_that_misbehaves_is_named_in_one_line(module, batch_of, body,
     with pytest.raises(UserError, match=rf"^--reward_function={name}:f ({message})") as caught:
         function_source(f"{name}:f").score(batch_of("a", "b"))
     assert "\n" not in str(caught.value)
-    assert body.startswith("return") or isinstance(caught.value.__cause__, KeyError)
+    assert body.startswith("return") or isinstance(caught.value.__cause__, (KeyError, ValueError))
 
 
 @pytest.mark.parametrize(
