@@ -16,14 +16,18 @@ from easyrl.core.segments import branch
 from easyrl.data.bins import Row, Units, best_fit, check_room, fit_into
 
 ROW_MULTIPLE = 128  # of the lengths of rows: so matrix units and attention kernels like it
-SHARES = (7 / 8, 1 / 2)  # of the longest row, the lengths of others: each is one more loop to compile
 GROUP_TOKENS = 1024  # a device's share of a group, unless the flags say otherwise
+# The sizes of lesser groups against the bulk's, those that spare most first; each is one more loop to compile. Where the
+# bulk's have one row a device, one row is a little shorter, for what nothing fits beside, and one holds a sequence that
+# was cut, where the longest is twice that.
+SHARES_OF_ROW, SHARES_OF_ROWS = (7 / 8, 1 / 2, 3 / 4, 3 / 8), (3 / 4, 3 / 8, 1 / 2)
+FEW_GROUPS = 8  # with up to that many in a batch all lesser sizes are worth it, with more, two
 GROUP_COST = 128  # what a group costs whatever its tokens (adding up its gradients), in tokens a device
 LITTLE_PADDING = 0.03  # a share with which the first packing that is found will do
 TIGHT = 0.02  # places more than tokens, as a share, with which packing hardly ever succeeds
 TRIAL_STEPS = 10  # that many batches say what rows to take
 MUCH_PADDING = 0.05  # from which on longer rows, in which attention costs more, are worth it
-MOST_TRIES, MOST_SHORT = 32, 3  # sets of groups that are tried; groups of short rows in one
+MOST_TRIES, MOST_LESSER = 32, 3  # sets of groups that are tried; groups of every shape but one in such a set
 
 
 class Shape(NamedTuple):
@@ -70,16 +74,6 @@ def rounded_up(length: int) -> int:
     return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def row_lengths(longest: int) -> tuple[int, ...]:
-    """The lengths of rows, falling, for sequences up to `longest`: it, and less, in multiples of 128.
-
-    A row of half the length takes what a batch leaves over at its end. One a little shorter than the longest takes what
-    nothing fits beside, where sequences are long against the rows.
-    """
-    less = {rounded_up(int(longest * share)) for share in SHARES}
-    return (longest, *sorted((length for length in less if length < longest), reverse=True))
-
-
 def group_shapes(
     longest: int, shards: int = 1, *, rows: int = 0, together: int = 1, sequences: int | None = None
 ) -> tuple[Shape, ...]:
@@ -91,7 +85,7 @@ def group_shapes(
       rows: rows of the first shape; 0: enough for GROUP_TOKENS tokens a device.
       together: sequences that are to be in one group, each in a row.
       sequences: how many there are at most. No shape has more rows than they need, and unless `rows` says otherwise
-        so many of the longest ones fill all groups alike.
+        so many of the longest ones fill all groups alike. None: as few as fill FEW_GROUPS.
 
     Raises ValueError when `rows` is not such a multiple.
     """
@@ -100,16 +94,18 @@ def group_shapes(
     bulk = rows or least * max(1, GROUP_TOKENS * shards // (least * longest))
     if bulk % least:
         raise ValueError(f"{rows} rows: expected a multiple of {least}")
+    groups = FEW_GROUPS
     if sequences is not None:
         most = max(1, -(-sequences // least))
         groups = -(-most * least // bulk)
         bulk = min(bulk, least * (most if rows else -(-most // groups)))
-    lengths = row_lengths(longest)
-    if bulk == least:
-        return tuple(Shape(least, length) for length in lengths)
-    worth = 2 * GROUP_COST * shards // least  # the length of which a lesser group spares more than it costs
-    lesser = dict.fromkeys(length for length in (longest, lengths[-1]) if length >= worth)
-    return (Shape(bulk, longest), *(Shape(least, length) for length in lesser))
+    times = bulk // least
+    shares = SHARES_OF_ROW if times == 1 else SHARES_OF_ROWS
+    found = {Shape(bulk, longest)}
+    for share in shares if groups <= FEW_GROUPS else shares[:2]:
+        fewer = math.ceil(share * times)
+        found.add(Shape(fewer * least, min(rounded_up(math.ceil(share * times / fewer * longest)), longest)))
+    return tuple(sorted(found, key=lambda shape: (shape.rows * shape.length, shape.length), reverse=True))
 
 
 def choose_shapes(
@@ -259,10 +255,9 @@ def _fill(units: Units, target: int, shapes: Sequence[Shape], packed: bool) -> l
 def _fit_tighter(units: Units, found: list[list[Row]], shapes: Sequence[Shape]) -> list[list[Row]]:
     """The rows of cheaper groups, if some are found that hold everything; otherwise those that there are."""
     tokens, cost = int(units.totals.sum()), _cost(map(len, found), shapes)
-    places = _places(map(len, found), shapes)
-    if tokens >= (1 - LITTLE_PADDING) * places:
+    if tokens >= (1 - LITTLE_PADDING) * _places(map(len, found), shapes):
         return found
-    likely = ((_cost(rows, shapes), rows) for rows in _likely_groups(tokens, places, shapes))
+    likely = ((_cost(rows, shapes), rows) for rows in _likely_groups(tokens, shapes))
     cheaper = sorted((price, rows) for price, rows in likely if price < cost)
     for _, rows in cheaper[:MOST_TRIES]:
         if fitting := _fit_rows(units, rows, shapes):
@@ -280,21 +275,22 @@ def _fit_rows(units: Units, most: Sequence[int], shapes: Sequence[Shape]) -> lis
     return [[row for rows in part if any(rows) for row in rows] for part in parts]
 
 
-def _likely_groups(tokens: int, places: int, shapes: Sequence[Shape]) -> Iterator[list[int]]:
-    """Rows of each shape, whole groups, that could hold so many tokens: few of the short ones, and of the others up to
-    as many as have `places` places. Where they leave hardly any padding they are not worth a try.
+def _likely_groups(tokens: int, shapes: Sequence[Shape]) -> set[tuple[int, ...]]:
+    """Rows of each shape, whole groups, that could hold so many tokens: as many as it takes of one large shape, and few
+    of the others. Where they leave hardly any padding they are not worth a try.
     """
-    first, *others = shapes
-    sizes = [shape.rows * shape.length for shape in others]
-    most = [
-        -(-places // size) if 2 * shape.length > first.length else MOST_SHORT
-        for shape, size in zip(others, sizes, strict=True)
-    ]
-    for counts in itertools.product(*(range(number + 1) for number in most)):
-        left = tokens * (1 + TIGHT) - sum(count * size for count, size in zip(counts, sizes, strict=True))
-        least = max(math.ceil(left / (first.rows * first.length)), 0)
-        for number in (least, least + 1):
-            yield [count * shape.rows for count, shape in zip((number, *counts), shapes, strict=True)]
+    sizes = [shape.rows * shape.length for shape in shapes]
+    found = set()
+    for main in (number for number, size in enumerate(sizes) if 2 * size > sizes[0]):
+        some = [range(MOST_LESSER + 1)] * len(shapes)
+        some[main] = range(1)
+        for counts in itertools.product(*some):
+            left = tokens * (1 + TIGHT) - sum(count * size for count, size in zip(counts, sizes, strict=True))
+            least = max(math.ceil(left / sizes[main]), 0)
+            for number in (least, least + 1):
+                with_main = (*counts[:main], number, *counts[main + 1 :])
+                found.add(tuple(count * shape.rows for count, shape in zip(with_main, shapes, strict=True)))
+    return found
 
 
 def _packing(rows: list[list[Row]], units: Units, width: int, shapes: Sequence[Shape]) -> Packing:
