@@ -17,8 +17,8 @@ from easyrl.data.bins import Row, Units, best_fit, check_room, fit_into
 
 ROW_MULTIPLE = 128  # of the lengths of rows: so matrix units and attention kernels like it
 GROUP_TOKENS = 1024  # a device's share of a group, unless the flags say otherwise
-# The sizes of lesser groups against the bulk's, those that spare most first; each is one more loop to compile. Where the
-# bulk's have one row a device, one row is a little shorter, for what nothing fits beside, and one holds a sequence that
+# The sizes of lesser groups against the bulk's, those that spare most first; each is one more loop to compile. Where
+# the bulk's have one row a device, one is a little shorter, for what nothing fits beside, and one holds a sequence that
 # was cut, where the longest is twice that.
 SHARES_OF_ROW, SHARES_OF_ROWS = (7 / 8, 1 / 2, 3 / 4, 3 / 8), (3 / 4, 3 / 8, 1 / 2)
 FEW_GROUPS = 8  # with up to that many in a batch all lesser sizes are worth it, with more, two
@@ -27,7 +27,8 @@ LITTLE_PADDING = 0.03  # a share with which the first packing that is found will
 TIGHT = 0.02  # places more than tokens, as a share, with which packing hardly ever succeeds
 TRIAL_STEPS = 10  # that many batches say what rows to take
 MUCH_PADDING = 0.05  # from which on longer rows, in which attention costs more, are worth it
-MOST_TRIES, MOST_LESSER = 32, 3  # sets of groups that are tried; groups of every shape but one in such a set
+MOST_TRIES, MOST_SHORT = 32, 3  # sets of groups that are tried; groups of short rows in one
+MOST_SETS = 256  # ways to choose groups of every shape but one, about, of which those are the cheapest
 
 
 class Shape(NamedTuple):
@@ -216,13 +217,16 @@ def _places(rows: Iterable[int], shapes: Sequence[Shape]) -> int:
     return sum(number * shape.length for number, shape in zip(_whole_groups(rows, shapes), shapes, strict=True))
 
 
+def _prices(shapes: Sequence[Shape]) -> np.ndarray:
+    """int [shapes], what a group of each costs, in tokens."""
+    least = min(shape.rows for shape in shapes)
+    return np.array([shape.rows * shape.length + GROUP_COST * least for shape in shapes])
+
+
 def _cost(rows: Iterable[int], shapes: Sequence[Shape]) -> int:
     """What the groups cost, in tokens, that so many rows of each shape need."""
-    least = min(shape.rows for shape in shapes)
-    return sum(
-        -(-number // shape.rows) * (shape.rows * shape.length + GROUP_COST * least)
-        for number, shape in zip(rows, shapes, strict=True)
-    )
+    groups = (-(-number // shape.rows) for number, shape in zip(rows, shapes, strict=True))
+    return sum(number * price for number, price in zip(groups, _prices(shapes).tolist(), strict=True))
 
 
 def _fill(units: Units, target: int, shapes: Sequence[Shape], packed: bool) -> list[list[Row]]:
@@ -257,9 +261,11 @@ def _fit_tighter(units: Units, found: list[list[Row]], shapes: Sequence[Shape]) 
     tokens, cost = int(units.totals.sum()), _cost(map(len, found), shapes)
     if tokens >= (1 - LITTLE_PADDING) * _places(map(len, found), shapes):
         return found
-    likely = ((_cost(rows, shapes), rows) for rows in _likely_groups(tokens, shapes))
-    cheaper = sorted((price, rows) for price, rows in likely if price < cost)
-    for _, rows in cheaper[:MOST_TRIES]:
+    likely = _likely_groups(tokens, shapes)
+    prices = likely @ _prices(shapes)
+    cheapest = np.argsort(prices, kind="stable")[:MOST_TRIES]
+    for groups in likely[cheapest[prices[cheapest] < cost]].tolist():
+        rows = [number * shape.rows for number, shape in zip(groups, shapes, strict=True)]
         if fitting := _fit_rows(units, rows, shapes):
             return fitting
     return found
@@ -275,22 +281,24 @@ def _fit_rows(units: Units, most: Sequence[int], shapes: Sequence[Shape]) -> lis
     return [[row for rows in part if any(rows) for row in rows] for part in parts]
 
 
-def _likely_groups(tokens: int, shapes: Sequence[Shape]) -> set[tuple[int, ...]]:
-    """Rows of each shape, whole groups, that could hold so many tokens: as many as it takes of one large shape, and few
-    of the others. Where they leave hardly any padding they are not worth a try.
+def _likely_groups(tokens: int, shapes: Sequence[Shape]) -> np.ndarray:
+    """int [sets, shapes]: groups of each shape that could hold so many tokens, as many as it takes of one large shape,
+    and few of the others, the fewer the more shapes there are. Sets that leave hardly any padding are not worth a try.
     """
-    sizes = [shape.rows * shape.length for shape in shapes]
-    found = set()
-    for main in (number for number, size in enumerate(sizes) if 2 * size > sizes[0]):
-        some = [range(MOST_LESSER + 1)] * len(shapes)
-        some[main] = range(1)
-        for counts in itertools.product(*some):
-            left = tokens * (1 + TIGHT) - sum(count * size for count, size in zip(counts, sizes, strict=True))
-            least = max(math.ceil(left / sizes[main]), 0)
-            for number in (least, least + 1):
-                with_main = (*counts[:main], number, *counts[main + 1 :])
-                found.add(tuple(count * shape.rows for count, shape in zip(with_main, shapes, strict=True)))
-    return found
+    sizes = np.array([shape.rows * shape.length for shape in shapes])
+    few = math.floor(MOST_SETS ** (1 / max(len(shapes) - 1, 1)) + 1e-9)
+    found = []
+    for main in np.flatnonzero(2 * sizes > sizes[0]).tolist():
+        most = [MOST_SHORT + 1 if 2 * shape.length <= shapes[0].length else few for shape in shapes]
+        most[main] = 1
+        others = np.indices(most)
+        groups = others.reshape(len(shapes), -1).T
+        left = tokens * (1 + TIGHT) - groups @ sizes
+        groups[:, main] = np.maximum(np.ceil(left / sizes[main]), 0)
+        more = groups.copy()
+        more[:, main] += 1
+        found += [groups, more]
+    return np.unique(np.concatenate(found), axis=0)
 
 
 def _packing(rows: list[list[Row]], units: Units, width: int, shapes: Sequence[Shape]) -> Packing:

@@ -7,7 +7,7 @@ from easyrl.core.segments import branch, stem_of
 from easyrl.data.alike import tokens_alike
 from easyrl.data.bins import Units, best_fit, fit_into
 from easyrl.data.packing import (
-    MOST_LESSER,
+    MOST_SETS,
     Shape,
     _likely_groups,
     choose_shapes,
@@ -180,9 +180,13 @@ def test_few_sets_of_groups_are_tried_however_large_the_batch():
     """Near full rows leave padding that no set of groups spares, and every set of two thousand rows would be one too
     many: as many of one shape as it takes, and few of the others.
     """
-    for sequences in (16, 2048):
-        shapes = group_shapes(512, sequences=8)
-        assert len(_likely_groups(450 * sequences, shapes)) <= 2 * len(shapes) * (MOST_LESSER + 1) ** (len(shapes) - 1)
+    for longest in (256, 512, 2048):
+        for sequences in (16, 2048):
+            shapes = group_shapes(longest, sequences=8)
+            sets = _likely_groups(longest * sequences, shapes)
+            assert 0 < len(sets) <= 2 * len(shapes) * MOST_SETS
+            sizes = [shape.rows * shape.length for shape in shapes]
+            assert min(sets @ sizes) >= longest * sequences
 
 
 def test_nothing_to_pack():
