@@ -17,11 +17,12 @@ from easyrl.data.bins import Row, Units, best_fit, check_room, fit_into
 
 ROW_MULTIPLE = 128  # of the lengths of rows: so matrix units and attention kernels like it
 GROUP_TOKENS = 1024  # a device's share of a group, unless the flags say otherwise
-# The sizes of lesser groups against the bulk's, those that spare most first; each is one more loop to compile. Where
-# the bulk's have one row a device, one is a little shorter, for what nothing fits beside, and one holds a sequence that
-# was cut, where the longest is twice that.
-SHARES_OF_ROW, SHARES_OF_ROWS = (7 / 8, 1 / 2, 3 / 4, 3 / 8), (3 / 4, 3 / 8, 1 / 2)
-FEW_GROUPS = 8  # with up to that many in a batch all lesser sizes are worth it, with more, two
+# The sizes of lesser groups against the bulk's, each one more loop to compile: of every batch, and besides them of those
+# of up to FEW_GROUPS groups, in which what the last one leaves empty counts for more. Where the bulk's have one row a
+# device, one is a little shorter, for what nothing fits beside, and one holds a sequence that was cut, where rows are
+# twice that long.
+SHARES_OF_ROW, SHARES_OF_ROWS = ((7 / 8, 1 / 2), (3 / 4, 3 / 8)), ((3 / 4,), (3 / 8, 1 / 2))
+FEW_GROUPS = 8
 GROUP_COST = 128  # what a group costs whatever its tokens (adding up its gradients), in tokens a device
 LITTLE_PADDING = 0.03  # a share with which the first packing that is found will do
 TIGHT = 0.02  # places more than tokens, as a share, with which packing hardly ever succeeds
@@ -101,9 +102,9 @@ def group_shapes(
         groups = -(-most * least // bulk)
         bulk = min(bulk, least * (most if rows else -(-most // groups)))
     times = bulk // least
-    shares = SHARES_OF_ROW if times == 1 else SHARES_OF_ROWS
+    always, besides = SHARES_OF_ROW if times == 1 else SHARES_OF_ROWS
     found = {Shape(bulk, longest)}
-    for share in shares if groups <= FEW_GROUPS else shares[:2]:
+    for share in (*always, *besides) if groups <= FEW_GROUPS else always:
         fewer = math.ceil(share * times)
         found.add(Shape(fewer * least, min(rounded_up(math.ceil(share * times / fewer * longest)), longest)))
     return tuple(sorted(found, key=lambda shape: (shape.rows * shape.length, shape.length), reverse=True))
