@@ -17,10 +17,10 @@ from easyrl.data.bins import Row, Units, best_fit, check_room, fit_into
 
 ROW_MULTIPLE = 128  # of the lengths of rows: so matrix units and attention kernels like it
 GROUP_TOKENS = 1024  # a device's share of a group, unless the flags say otherwise
-# The sizes of lesser groups against the bulk's, each one more loop to compile: of every batch, and besides them of those
-# of up to FEW_GROUPS groups, in which what the last one leaves empty counts for more. Where the bulk's have one row a
+# The sizes of lesser groups against the bulk's, each one more loop to compile: of every batch, and besides them of
+# those up to FEW_GROUPS groups, in which what the last leaves empty counts for more. Where the bulk's have one row a
 # device, one is a little shorter, for what nothing fits beside, and one holds a sequence that was cut, where rows are
-# twice that long.
+# twice that.
 SHARES_OF_ROW, SHARES_OF_ROWS = ((7 / 8, 1 / 2), (3 / 4, 3 / 8)), ((3 / 4,), (3 / 8, 1 / 2))
 FEW_GROUPS = 8
 GROUP_COST = 128  # what a group costs whatever its tokens (adding up its gradients), in tokens a device
