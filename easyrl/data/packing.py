@@ -17,10 +17,10 @@ from easyrl.data.bins import Row, Units, best_fit, check_room, fit_into
 
 ROW_MULTIPLE = 128  # of the lengths of rows: so matrix units and attention kernels like it
 GROUP_TOKENS = 1024  # a device's share of a group, unless the flags say otherwise
-# The sizes of lesser groups against the bulk's, each one more loop to compile: of every batch, and besides them of
-# those up to FEW_GROUPS groups, in which what the last leaves empty counts for more. Where the bulk's have one row a
-# device, one is a little shorter, for what nothing fits beside, and one holds a sequence that was cut, where rows are
-# twice that.
+# The sizes of lesser groups against the bulk's, where that has one row a device, and where it has several. Each is one
+# more loop to compile. The first ones are for every batch: a row a little shorter, for what nothing fits beside, and
+# half a row, for a sequence cut where rows are twice as long. The others are besides them for a batch of up to
+# FEW_GROUPS groups, in which what the last one leaves empty counts for more.
 SHARES_OF_ROW, SHARES_OF_ROWS = ((7 / 8, 1 / 2), (3 / 4, 3 / 8)), ((3 / 4,), (3 / 8, 1 / 2))
 FEW_GROUPS = 8
 GROUP_COST = 128  # what a group costs whatever its tokens (adding up its gradients), in tokens a device
@@ -87,7 +87,7 @@ def group_shapes(
       rows: rows of the first shape; 0: enough for GROUP_TOKENS tokens a device.
       together: sequences that are to be in one group, each in a row.
       sequences: how many there are at most. No shape has more rows than they need, and unless `rows` says otherwise
-        so many of the longest ones fill all groups alike. None: as few as fill FEW_GROUPS.
+        so many of the longest ones fill all groups alike. None: taken for few.
 
     Raises ValueError when `rows` is not such a multiple.
     """
@@ -218,16 +218,16 @@ def _places(rows: Iterable[int], shapes: Sequence[Shape]) -> int:
     return sum(number * shape.length for number, shape in zip(_whole_groups(rows, shapes), shapes, strict=True))
 
 
-def _prices(shapes: Sequence[Shape]) -> np.ndarray:
-    """int [shapes], what a group of each costs, in tokens."""
+def _prices(shapes: Sequence[Shape]) -> list[int]:
+    """What a group of each shape costs, in tokens."""
     least = min(shape.rows for shape in shapes)
-    return np.array([shape.rows * shape.length + GROUP_COST * least for shape in shapes])
+    return [shape.rows * shape.length + GROUP_COST * least for shape in shapes]
 
 
 def _cost(rows: Iterable[int], shapes: Sequence[Shape]) -> int:
     """What the groups cost, in tokens, that so many rows of each shape need."""
     groups = (-(-number // shape.rows) for number, shape in zip(rows, shapes, strict=True))
-    return sum(number * price for number, price in zip(groups, _prices(shapes).tolist(), strict=True))
+    return sum(number * price for number, price in zip(groups, _prices(shapes), strict=True))
 
 
 def _fill(units: Units, target: int, shapes: Sequence[Shape], packed: bool) -> list[list[Row]]:
@@ -287,13 +287,12 @@ def _likely_groups(tokens: int, shapes: Sequence[Shape]) -> np.ndarray:
     and few of the others, the fewer the more shapes there are. Sets that leave hardly any padding are not worth a try.
     """
     sizes = np.array([shape.rows * shape.length for shape in shapes])
-    few = math.floor(MOST_SETS ** (1 / max(len(shapes) - 1, 1)) + 1e-9)
+    few = int(MOST_SETS ** (1 / max(len(shapes) - 1, 1)))
     found = []
     for main in np.flatnonzero(2 * sizes > sizes[0]).tolist():
         most = [MOST_SHORT + 1 if 2 * shape.length <= shapes[0].length else few for shape in shapes]
         most[main] = 1
-        others = np.indices(most)
-        groups = others.reshape(len(shapes), -1).T
+        groups = np.indices(most).reshape(len(shapes), -1).T
         left = tokens * (1 + TIGHT) - groups @ sizes
         groups[:, main] = np.maximum(np.ceil(left / sizes[main]), 0)
         more = groups.copy()

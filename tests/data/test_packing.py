@@ -177,9 +177,7 @@ def test_a_small_minibatch_pads_little():
 
 
 def test_few_sets_of_groups_are_tried_however_large_the_batch():
-    """Near full rows leave padding that no set of groups spares, and every set of two thousand rows would be one too
-    many: as many of one shape as it takes, and few of the others.
-    """
+    """All of them hold the batch: as many groups of one shape as it takes, and few of the others."""
     for longest in (256, 512, 2048):
         for sequences in (16, 2048):
             shapes = group_shapes(longest, sequences=8)

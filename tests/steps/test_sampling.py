@@ -24,7 +24,7 @@ def test_prompts_of_the_full_length_fill_whole_rows():
     """As much is computed as in a padded batch."""
     plans = plan_prompts(np.full(16, 128), 128, 2)
     assert prompt_shapes(8, 128)[0] == Shape(8, 128)
-    assert [int(plan.count) for plan in plans] == [1, 0, 0, 0] and (plans[0].segment_ids_GRS[0] == 1).all()
+    assert [int(plan.count) for plan in plans] == [1, 0, 0, 0] and (plans[0].segment_ids_GRS == 1).all()
 
 
 def test_groups_have_as_many_rows_as_are_asked_for():
