@@ -127,8 +127,10 @@ def cudnn(monkeypatch):
         out, (B, T, N, _) = softmax_v(q, k, v, bias, scale, mask_type), q.shape
         return (out, jnp.zeros((B, N, T), jnp.float32)) if is_training else (out,)
 
-    def backward(q, k, v, bias, *rest, scale, mask_type, **others):
-        return jax.vjp(lambda *x: softmax_v(*x, scale, mask_type), q, k, v, bias)[1](rest[-1])
+    def backward(q, k, v, bias, *rest, scale, mask_type, variadic_args, **others):
+        _, wants_bias = variadic_args
+        gradients = jax.vjp(lambda *x: softmax_v(*x, scale, mask_type), q, k, v, bias)[1](rest[-1])
+        return gradients if wants_bias else gradients[:3]
 
     for primitive, function in (
         (fused._dot_product_attention_fwd_p, forward),
