@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 
 # XLA's library of fused CPU kernels (YNNPACK) runs two kernels side by side on one thread each rather than one on both,
-# which is slower for products as large as a model's (docs/performance.md). Only KNOWN versions of JAX are known to have
-# the flag, and to be faster without: 0.12 is faster with the library, and an unknown flag ends the process.
+# which is slower for products as large as a model's (docs/performance.md). KNOWN are the versions of JAX that have the
+# flag and gain by it: 0.12 is faster with the library, and an unknown flag ends the process.
 CPU_FLAGS = "--xla_cpu_experimental_ynn_fusion_type="
 KNOWN = ((0, 10),)
 
