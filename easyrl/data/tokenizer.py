@@ -52,9 +52,26 @@ def load_tokenizer(ref: str, flag: str = "--tokenizer") -> Tokenizer:
         if not is_file_name(name):  # an export writes each template into a file of that name
             raise UserError(f"{flag}={ref}: has a chat template called {name!r}, expected the name of a file")
     if tokenizer.is_fast:
+        _find_special_tokens_anywhere(tokenizer)
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _find_special_tokens_anywhere(tokenizer: Tokenizer) -> None:
+    """Has special tokens looked for in text as it is written, whatever tokenizer.json says.
+
+    Those of some Llamas are marked to be looked for in normalized text, with the space before it that a text starts
+    with: "b</s>" is then b, </, s and >.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = [token for token in state["added_tokens"] if token["special"]]
+    if any(token["normalized"] for token in special):
+        for token in special:
+            token["normalized"] = False
+        tokenizer._tokenizer = Backend.from_str(json.dumps(state))
 
 
 def _reads_as_its_file(tokenizer: Tokenizer, where: str) -> bool:

@@ -56,6 +56,20 @@ def test_special_tokens_are_recognised_and_none_is_added(tokenizer):
     assert ids[-1] == tokenizer.eos_token_id and ids[0] != tokenizer.bos_token_id
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_special_tokens_are_found_behind_text_whatever_the_file_says(tmp_path, make_tokenizer, name):
+    """Some Llamas look for them in normalized text, where the first one has a space before it."""
+    make_tokenizer().save_pretrained(tmp_path)
+    tokens = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    write_class(tmp_path, name, normalizer=prepend, added_tokens=[token | {"normalized": True} for token in tokens])
+    loaded = load_tokenizer(str(tmp_path))
+    assert encode(loaded, "a</s>")[-1] == loaded.eos_token_id
+    assert loaded.convert_ids_to_tokens(loaded.eos_token_id) == "</s>"
+    loaded.save_pretrained(tmp_path / "again")
+    assert encode(load_tokenizer(str(tmp_path / "again")), "a</s>b") == encode(loaded, "a</s>b")
+
+
 def test_the_settings_of_the_model_are_what_the_file_says(tmp_path, make_tokenizer):
     """Llama 3 takes a word that is a token as it is, whether or not merges lead there; the class would go by merges."""
     make_tokenizer().save_pretrained(tmp_path)
