@@ -331,9 +331,11 @@ def _open_hub(path: str, part: Split) -> Source:
 
 
 def _open_table(path: str, table: Any, part: Split, fingerprint: str) -> Source:
-    """A `datasets.Dataset`, which is memory-mapped."""
+    """A `datasets.Dataset`, which is memory-mapped. Its columns of images and sounds are left out."""
     if len(table) == 0:
         raise UserError(f"{path}: the dataset has no row")
+    wanted = [name for name in table.format["columns"] if not _is_media(table.features[name])]
+    table = table.with_format(None, columns=wanted)  # plain values, whatever format it was saved with
 
     def read() -> Iterator[Row | BadRow]:
         number = 0
@@ -350,6 +352,13 @@ def _open_table(path: str, table: Any, part: Split, fingerprint: str) -> Source:
         return len(table) if most is None else min(most, len(table))
 
     return Source(path, part, fingerprint, table.data.nbytes, read, count)
+
+
+def _is_media(feature: Any) -> bool:
+    """Whether a column holds images, sounds or the like, or lists of them, which `datasets` decodes row by row."""
+    if (of_list := getattr(feature, "feature", None)) is not None:
+        return _is_media(of_list)
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"
 
 
 def _first_line(error: Exception) -> str:

@@ -162,6 +162,23 @@ def test_the_fingerprint_follows_the_contents(tmp_path):
     assert open_source(str(tmp_path / "a.jsonl")).fingerprint != before
 
 
+@pytest.mark.parametrize("form", ["numpy", "arrow", "pandas"])
+def test_rows_of_a_folder_are_plain_whatever_format_it_was_saved_with(tmp_path, form):
+    rows = [{"messages": [{"role": "user", "content": "x"}], "label": True, "hidden": 1}]
+    shown = datasets.Dataset.from_list(rows).with_format(form, columns=["messages", "label"])
+    shown.save_to_disk(str(tmp_path / "saved"))
+    assert values(open_source(str(tmp_path / "saved"))) == [{"messages": rows[0]["messages"], "label": True}]
+
+
+def test_images_and_sounds_are_left_out(tmp_path):
+    """To decode them takes time and libraries, and broken ones would stop a run that has no use for them."""
+    broken = {"bytes": b"no image", "path": None}
+    rows = datasets.Dataset.from_list([{"prompt": "q", "image": broken, "images": [broken], "sound": broken}])
+    rows = rows.cast_column("image", datasets.Image()).cast_column("sound", datasets.Audio())
+    rows.cast_column("images", datasets.List(datasets.Image())).save_to_disk(str(tmp_path / "saved"))
+    assert values(open_source(str(tmp_path / "saved"))) == [{"prompt": "q"}]
+
+
 def test_a_saved_folder_is_known_by_its_bytes(tmp_path):
     """`datasets` itself takes two datasets for one that were made by the same steps from other files."""
     prompts = datasets.Dataset.from_list([{"prompt": "q"}])
