@@ -114,6 +114,7 @@ def function_source(spec: str) -> Source:
     file = getattr(sys.modules[spec.partition(":")[0]], "__file__", None)
     parameters = list(inspect.signature(function).parameters.values())
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    by_place = {p.name for p in parameters[:2] if p.kind is p.POSITIONAL_OR_KEYWORD}
     named = [p for p in parameters[2:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     needed = [parameter.name for parameter in named if parameter.default is parameter.empty]
 
@@ -129,7 +130,9 @@ def function_source(spec: str) -> Source:
         columns: dict[str, Any] = {column: [None] * len(batch) for column in needed}
         columns |= {key: list(values) for key, values in batch.columns.items()}
         columns["messages"] = [as_dicts(messages) for messages in batch.messages]
-        if not takes_all:
+        if takes_all:  # but for what has the name of prompts or responses, which come by place
+            columns = {key: values for key, values in columns.items() if key not in by_place}
+        else:
             columns = {parameter.name: columns[parameter.name] for parameter in named if parameter.name in columns}
 
         def call() -> list[float]:

@@ -156,6 +156,12 @@ def test_a_function_without_columns_gets_those_it_names(module, batch_of):
         function_source(f"{name}:needs").check(batch.columns)
 
 
+def test_a_column_may_be_called_as_prompts_and_responses_are(module, batch_of):
+    name = module("def f(prompts, responses, **columns):\n    return [len(columns['a'])] * len(responses)\n")
+    batch = batch_of("a", "b", prompts=["p", "p"], responses=["r", "r"], a=[1, 2])
+    assert function_source(f"{name}:f").score(batch)[0].tolist() == [2, 2]
+
+
 def test_a_column_that_no_row_of_a_batch_has_is_none(module, batch_of):
     """Other rows of the data have it: a batch does not say what they lack."""
     name = module("def f(prompts, responses, label):\n    return [3 if one is None else one for one in label]\n")
