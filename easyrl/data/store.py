@@ -23,7 +23,7 @@ from easyrl.core.files import sync
 from easyrl.data.report import DataReport
 from easyrl.data.sequences import Sample, TokenSequence
 
-VERSION = 5  # of the files below and of how rows become tokens: a change of either makes old stores useless
+VERSION = 6  # of the files below and of how rows become tokens: a change of either makes old stores useless
 FORGOTTEN = 86_400  # seconds after which what is left of a killed process is removed
 TOKENS = ("tokens.bin", np.int32)
 MARKS = ("is_answer.bin", np.bool_)

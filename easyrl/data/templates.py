@@ -16,6 +16,7 @@ server computes for it, `encode(render(messages, add_generation_prompt=True))`, 
 
 import functools
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -123,17 +124,25 @@ class Template:
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation, followed by the assistant's tag if the assistant is to speak next.
 
-        A template that asks for the date gets TODAY: the tokens of a run depend neither on the day nor on the host.
+        An answer that ends with a stop token, or a conversation that starts with the beginning-of-text token, is given
+        no second one. A template that asks for the date gets TODAY: the tokens of a run depend neither on the day nor on
+        the host.
         """
+        plain = [
+            message._replace(content=self._without_end(message.content)) if message.role == "assistant" else message
+            for message in messages
+        ]
         try:
-            return self.tokenizer.apply_chat_template(
-                as_dicts(messages),
+            text = self.tokenizer.apply_chat_template(
+                as_dicts(plain),
                 chat_template=DATED + self.jinja if "strftime_now" in self.jinja else self.jinja,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # a template raises what it likes, Jinja's own errors among it
             raise BadRow(f"template {self.name!r} refuses the messages ({error})", "refused by the template") from None
+        bos = self.tokenizer.bos_token
+        return text.removeprefix(bos) if bos and text.startswith(bos + bos) else text
 
     def encode_prompt(self, messages: Messages) -> np.ndarray:
         """The ids, int32 [P], of messages that await an answer, up to and including the assistant's tag."""
@@ -145,7 +154,7 @@ class Template:
         The boundary between a prompt and its answer is where the ids of the prompt alone end. Where the tokenizer would
         merge the two (an answer that starts with white space), the prompt keeps the ids it has at use, and the answer
         is encoded behind it. With an empty prompt a completion is raw text: bos, text, end token, all of it an answer
-        but for bos.
+        but for bos. Of these two it may bring its own.
         """
         if not prompt:
             return [self._encode_raw(completion[0].content) for completion in completions]
@@ -155,10 +164,12 @@ class Template:
 
     def _encode_raw(self, text: str) -> Answered:
         bos = [] if self.bos_id is None else [self.bos_id]
+        text = self._without_end(text)
         ids = encode(self.tokenizer, text)
-        if self._stops(ids):
+        # Text that starts with a special token was written by a template: its stop tokens are what they seem.
+        if self._stops(ids) and ids[0] not in special_ids(self.tokenizer):
             ids = self._encode_quoted(text)
-        ids = [*ids, self.end_id]
+        ids = [*(ids[1:] if bos and ids[:1] == bos else ids), self.end_id]
         return Answered(np.asarray(bos, np.int32), np.asarray(ids, np.int32), np.ones(len(ids), bool), 0)
 
     def _encode_turns(self, messages: Messages, first: int, render: Callable, encode_behind: Callable) -> Answered:
@@ -215,13 +226,19 @@ class Template:
         """Whether sampling would stop at one of these tokens."""
         return not set(self.stop_ids).isdisjoint(ids)
 
+    def _without_end(self, text: str) -> str:
+        """The text of an answer without the stop token that it may end with."""
+        for stop in self._stop_texts:
+            if text.endswith(stop):
+                return text.removesuffix(stop)
+        return text
+
     def _encode_quoted(self, text: str) -> list[int]:
         """The ids of text that mentions a stop token, as ordinary text: a policy must not learn to stop there.
 
         The text is cut inside every such token, and the parts are encoded one behind the other.
         """
-        stops = self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))
-        cuts = [match.start() + 1 for match in re.finditer("|".join(map(re.escape, stops)), text)]
+        cuts = [match.start() + 1 for match in re.finditer("|".join(map(re.escape, self._stop_texts)), text)]
         parts = [text[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(text)])]
         return [token for part in parts for token in self._encode_behind(ANCHORS, part)]
 
@@ -238,6 +255,17 @@ class Template:
     def _end_text(self) -> str:
         return self.tokenizer.convert_ids_to_tokens(self.end_id)
 
+    @property
+    def _stop_texts(self) -> list[str]:
+        return self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))
+
+
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    """The tokens that stand for no text: ends, tags and the like."""
+    return {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} | set(
+        tokenizer.all_special_ids
+    )
+
 
 def load_template(name: str, tokenizer: Tokenizer, flag: str = "--template") -> Template:
     """The template called `name` (tulu, vicuna, chatml, llama3, none, tokenizer) or in the Jinja file `name`.
@@ -252,7 +280,8 @@ def load_template(name: str, tokenizer: Tokenizer, flag: str = "--template") -> 
     for token in NEEDED_TOKENS.get(name, ()):
         if token not in vocabulary:
             raise UserError(f"{flag}={name}: the tokenizer has no token {token}, expected one made for this template")
-    probe = Template(name, jinja, tokenizer, None, -1, appends_end=True)
+    unknown = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    probe = Template(name, jinja, tokenizer, None, unknown, appends_end=True)
     question, answer = Message("user", "a"), Message("assistant", "b")
     try:
         asked = probe.render((question,), add_generation_prompt=True)
@@ -264,14 +293,25 @@ def load_template(name: str, tokenizer: Tokenizer, flag: str = "--template") -> 
         raise UserError(f"{flag}={name}: {found}, expected a template that takes add_generation_prompt")
     begins = adds_bos(tokenizer) or encode(tokenizer, asked)[:1] == [tokenizer.bos_token_id]
     bos_id = tokenizer.bos_token_id if begins else None
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special |= set(tokenizer.all_special_ids)
-    ends = [token for token in encode(tokenizer, answered[len(asked) :]) if token in special]
-    if ends:
+    special = special_ids(tokenizer)
+
+    def ends_in(text: str) -> list[int]:
+        return [token for token in encode(tokenizer, text[len(asked) :]) if token in special]
+
+    # Of an answer that others follow, if it has an end: some templates write one more where a conversation ends.
+    if ends := ends_in(_followed(probe, question, answer, answered)) or ends_in(answered):
         return Template(name, jinja, tokenizer, bos_id, ends[-1], appends_end=False)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{flag}={name}: answers end with no special token, and the tokenizer has no end-of-text token")
     return Template(name, jinja, tokenizer, bos_id, tokenizer.eos_token_id, appends_end=True)
+
+
+def _followed(template: Template, question: Message, answer: Message, answered: str) -> str:
+    """As much of `answered`, the text of this exchange, as is still there once another question follows."""
+    try:
+        return os.path.commonprefix([answered, template.render((question, answer, question))])
+    except BadRow:
+        return answered
 
 
 def own_jinja(tokenizer: Tokenizer) -> str | None:

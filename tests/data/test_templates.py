@@ -140,6 +140,47 @@ def test_an_answer_may_mention_the_other_stop_token(tokenizer):
         assert [i for i in ids if i in template.stop_ids] == [template.end_id]
 
 
+@names
+def test_an_answer_may_bring_its_end(name, tokenizer):
+    """Data that were made for other trainers often do."""
+    template = load_template(name, tokenizer)
+    ended = Message("assistant", "Hello" + tokenizer.convert_ids_to_tokens(template.end_id))
+    one, other = (template.encode_answered((U,), (answer, U2, A2))[0] for answer in (A, ended))
+    assert other.completion.tolist() == one.completion.tolist()
+    one, other = (template.encode_answered((), (answer,))[0] for answer in (A, ended))
+    assert other.completion.tolist() == one.completion.tolist()
+
+
+def test_a_prompt_may_bring_its_beginning(tokenizer):
+    template = load_template("none", tokenizer)
+    assert template.encode_prompt((Message("user", "<s>Hi"),)).tolist() == template.encode_prompt((U,)).tolist()
+
+
+@names
+def test_raw_text_may_be_rendered(name, tokenizer):
+    """Its special tokens are what they seem, and it begins and ends once."""
+    template = load_template(name, tokenizer)
+    text = template.render((U, A, U2, A2)).rstrip()
+    (found,) = template.encode_answered((), (Message("assistant", text),))
+    assert found.prompt.tolist() == [tokenizer.bos_token_id]
+    assert [*found.prompt, *found.completion] == encode(tokenizer, text)
+
+
+CLOSING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\\n' if add_generation_prompt else eos_token }}"
+)
+
+
+def test_an_answer_ends_as_it_does_when_others_follow(make_tokenizer):
+    """Phi-3's template closes a conversation with one more token."""
+    template = load_template("tokenizer", make_tokenizer(chat_template=CLOSING))
+    (found,) = template.encode_answered((U,), (A, U2, A2))
+    assert template.tokenizer.convert_ids_to_tokens(list(template.stop_ids)) == ["<|im_end|>", "</s>"]
+    assert found.rewritten == 0
+    assert text_of(template, found.completion[found.is_answer]) == "Hello<|im_end|>Ciao<|im_end|>"
+
+
 def test_the_date_is_the_same_every_day(make_tokenizer):
     """Llama 3.1's and 3.2's own templates write it where they can ask for it."""
     asks = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %Y-%m-%d') }}{% endif %}"
