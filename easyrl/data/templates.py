@@ -16,7 +16,6 @@ server computes for it, `encode(render(messages, add_generation_prompt=True))`, 
 
 import functools
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -125,13 +124,13 @@ class Template:
         """The text of a conversation, followed by the assistant's tag if the assistant is to speak next.
 
         An answer that ends with a stop token, or a conversation that starts with the beginning-of-text token, is given
-        no second one. A template that asks for the date gets TODAY: the tokens of a run depend neither on the day nor on
-        the host.
+        no second one. A template that asks for the date gets TODAY: the tokens of a run depend neither on the day nor
+        on the host.
         """
-        plain = [
+        plain = tuple(
             message._replace(content=self._without_end(message.content)) if message.role == "assistant" else message
             for message in messages
-        ]
+        )
         try:
             text = self.tokenizer.apply_chat_template(
                 as_dicts(plain),
@@ -309,9 +308,11 @@ def load_template(name: str, tokenizer: Tokenizer, flag: str = "--template") -> 
 def _followed(template: Template, question: Message, answer: Message, answered: str) -> str:
     """As much of `answered`, the text of this exchange, as is still there once another question follows."""
     try:
-        return os.path.commonprefix([answered, template.render((question, answer, question))])
+        longer = template.render((question, answer, question))
     except BadRow:
         return answered
+    pairs = zip(answered, longer, strict=False)
+    return "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def own_jinja(tokenizer: Tokenizer) -> str | None:
