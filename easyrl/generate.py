@@ -8,6 +8,7 @@ Finished answers are on disk at once: a job that is killed and started again goe
 """
 
 import dataclasses
+import hashlib
 import math
 import sys
 import time
@@ -32,7 +33,7 @@ from easyrl.data.generations import Candidate, best_row, demonstration_row, gene
 from easyrl.data.prompts import PromptRow, prompt_batch, read_prompts
 from easyrl.data.readers import open_source
 from easyrl.data.templates import Template, load_template
-from easyrl.data.tokenizer import check_vocabulary, load_tokenizer, pad_id
+from easyrl.data.tokenizer import check_vocabulary, fingerprint, load_tokenizer, pad_id
 from easyrl.hf.refs import find_model, load_weights, stop_ids_of
 from easyrl.rewards.models import find_sources
 from easyrl.rewards.responses import response_batch
@@ -181,6 +182,9 @@ def main(config: Config) -> None:
     key = jax.random.key(config.seed)
     answers: PartialFile | None = None  # process 0 has it
     job = {"prompts": digest, "weights": fingerprint_params(params), **decisive_flags(config)}
+    # Of both, what they say: files may change while their names stay.
+    template_digest = hashlib.sha256(template.jinja.encode()).hexdigest()
+    job |= {"the template's text": template_digest, "the tokenizer's": fingerprint(tokenizer)}
 
     def answered() -> list[int]:
         nonlocal answers

@@ -9,6 +9,7 @@ import pytest
 from easyrl import assets, generate, train_dpo, train_rm, train_sft
 from easyrl.core.command_line import load_config
 from easyrl.core.errors import UserError
+from easyrl.data import templates
 from easyrl.data.generations import read_generations
 from easyrl.sampling.best_of_n import expected_best
 from tests.offline import TINY, metrics_of, run_script, write_rows
@@ -120,6 +121,10 @@ def test_a_killed_job_goes_on(answers, tmp_path, monkeypatch, flags):
         file.write('{"item": 0, "ro')
     with pytest.raises(UserError, match=r"killed.jsonl.part: was begun with temperature=1.0, now it is 0.5"):
         run_script(generate, flags | output | {"temperature": 0.5})
+    with monkeypatch.context() as edited:
+        edited.setitem(templates.BODIES, "none", "Q: " + templates.BODIES["none"])
+        with pytest.raises(UserError, match=r"killed.jsonl.part: was begun with the template's text="):
+            run_script(generate, flags | output)
     run_script(generate, flags | output)
     assert len(calls) == 4  # two batches of the three, after the one that was done
     assert [json.loads(line) for line in (tmp_path / "killed.jsonl").read_text().splitlines()] == whole
