@@ -53,6 +53,8 @@ def config_from_hf(raw: dict[str, Any], source: str) -> BloomConfig:
     width, num_heads = fields.size(hidden_size), fields.size(n_head)
     if width % num_heads:
         raise fields.fail(n_head, f"a divisor of {hidden_size}={width}")
+    if fields.flag("slow_but_exact", False) and fields.size("pretraining_tp", 1) > 1:
+        raise fields.fail("slow_but_exact", "false, because transformers then leaves biases out")
     return BloomConfig(
         vocab_size=fields.size("vocab_size"),
         width=width,

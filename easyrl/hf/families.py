@@ -50,7 +50,7 @@ def config_from_hf(raw: dict[str, Any], source: str) -> ModelConfig:
     """The configuration that a config.json describes; `source` names it in errors."""
     by_type = {model_type: family for family in FAMILIES.values() for model_type in family.CLASSES}
     model_type = raw.get("model_type")
-    if model_type not in by_type:
+    if not isinstance(model_type, str) or model_type not in by_type:
         raise UserError(f"{source}: model_type is {model_type!r}, expected one of {', '.join(by_type)}")
     if raw.get("quantization_config") is not None:
         raise UserError(f"{source}: the weights are quantised (quantization_config), expected float weights")
@@ -63,16 +63,19 @@ def read_config(directory: str | Path) -> ModelConfig:
     return config_from_hf(read_json(path), str(path))
 
 
-def read_stop_ids(directory: str | Path) -> tuple[int, ...]:
-    """The ids that end a text: `eos_token_id` of generation_config.json, else of config.json, else none."""
+def read_stop_ids(directory: str | Path, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text: `eos_token_id` of generation_config.json, else of config.json, else none.
+
+    Raises UserError for an id that a model with `vocab_size` embeddings has not.
+    """
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
         ids = read_json(path).get("eos_token_id") if path.exists() else None
         if ids is None:
             continue
         ids = ids if isinstance(ids, list) else [ids]
-        if not all(isinstance(i, int) and i >= 0 for i in ids):
-            raise UserError(f"{path}: eos_token_id is {ids}, expected token ids")
+        if not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
+            raise UserError(f"{path}: eos_token_id is {ids}, expected token ids from 0 to {vocab_size - 1}")
         return tuple(ids)
     return ()
 

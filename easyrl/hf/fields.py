@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Fields:
     def number(self, key: str, default: Any = REQUIRED) -> float:
         """A number above 0."""
         value = self._get(key, default, (int, float), "a number above 0")
-        if not value > 0:
+        if not 0 < value <= sys.float_info.max:  # JSON knows Infinity, and whole numbers that no float holds
             raise self.fail(key, "a number above 0")
         return float(value)
 

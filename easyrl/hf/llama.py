@@ -117,12 +117,17 @@ def _rope(fields: Fields, max_positions: int) -> tuple[float, RopeScaling | None
         return theta, None
     if kind == "linear":
         return theta, RopeScaling("linear", rope.number("factor"))
+    # transformers 5 looks beside rope_scaling for it first, transformers 4 in there alone.
+    trained = "original_max_position_embeddings"
+    original = rope.size(trained, fields.size(trained, max_positions))
+    if fields.size(trained, original) != original:
+        raise fields.fail(trained, f"{original}, as rope_scaling has it")
     return theta, RopeScaling(
         kind="llama3",
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
         high_freq_factor=rope.number("high_freq_factor"),
-        original_max_positions=rope.size("original_max_position_embeddings", max_positions),
+        original_max_positions=original,
     )
 
 

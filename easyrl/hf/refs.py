@@ -111,9 +111,9 @@ def find_model(
     else:
         directory, saved = find_saved(target, head, flag) if kind == "easyrl" else (find_folder(target, flag), None)
         with _naming(flag):
-            found = FoundModel(
-                read_config(directory), directory, read_stop_ids(directory), flag, read_pad_id(directory), saved
-            )
+            cfg = read_config(directory)
+            stop_ids, pad_id = read_stop_ids(directory, cfg.vocab_size), read_pad_id(directory)
+            found = FoundModel(cfg, directory, stop_ids, flag, pad_id, saved)
     return dataclasses.replace(found, cfg=dataclasses.replace(found.cfg, **(compute or {})))
 
 
@@ -277,7 +277,8 @@ def _find_easylm(kind: str, target: str, flag: str) -> FoundModel:
         stored = easylm_files.EasyLMFile(path, kind, neighbours=not raw.get("use_hf_rotary_emb", False))
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        stop_ids, pad_id = (read_stop_ids(directory), read_pad_id(directory)) if directory else ((), None)
+        stop_ids = read_stop_ids(directory, cfg.vocab_size) if directory else ()
+        pad_id = read_pad_id(directory) if directory else None
     return FoundModel(cfg, directory, stop_ids, flag, pad_id, easylm=stored)
 
 

@@ -119,7 +119,7 @@ class TestTexts:
         config = json.loads((folder / "config.json").read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 4])
         assert "pad_token_id" not in config
-        assert read_stop_ids(folder) == (2, 4)
+        assert read_stop_ids(folder, cfg.vocab_size) == (2, 4)
 
     def test_tokenizer_settings_have_names_that_transformers_4_knows(self, make, tmp_path, tokenizer):
         """There is no TokenizersBackend in it, and its extra_special_tokens are no list."""

@@ -71,6 +71,10 @@ def test_export_says_what_import_reads(tiny, changes):
         ({"model_type": "gpt2", "n_embd": 18}, "num_attention_heads is 4, expected a divisor of n_embd=18"),
         ({"model_type": "bloom", "hidden_size": 18}, "is 4, expected a divisor of hidden_size=18"),
         ({"model_type": "bloom", "num_hidden_layers": None}, "n_layer is missing"),
+        (
+            {"model_type": "bloom", "slow_but_exact": True, "pretraining_tp": 2},
+            "slow_but_exact is True, expected false",
+        ),
     ],
 )
 def test_refused(tiny, changes, message):

@@ -36,6 +36,11 @@ def test_defaults_are_those_of_transformers(tiny):
         {"rope_theta": 5e5, "rope_scaling": LLAMA3},
         {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
         {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}},
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"},
+            "original_max_position_embeddings": 32,
+        },
     ],
 )
 def test_both_spellings_of_rotary_settings(tiny, spelling):
@@ -110,6 +115,7 @@ def test_every_parameter_has_a_tensor(tiny, settings):
     [
         ({"model_type": "gemma2"}, "conf: model_type is 'gemma2', expected one of llama, mistral"),
         ({"model_type": None}, "model_type is None"),
+        ({"model_type": ["llama"]}, "model_type is ['llama'], expected one of"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"vocab_size": None}, "vocab_size is None, expected a whole number of 1 or more"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
@@ -120,6 +126,8 @@ def test_every_parameter_has_a_tensor(tiny, settings):
         ({"hidden_size": 18}, "num_attention_heads is 4, expected a divisor of hidden_size=18"),
         ({"head_dim": 5}, "head_dim is 5, expected an even number"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1, expected a number above 0"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, expected a number above 0"),
+        ({"rope_theta": 10**400}, "expected a number above 0"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', expected true or false"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
         (
@@ -128,6 +136,10 @@ def test_every_parameter_has_a_tensor(tiny, settings):
         ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters: rope_type is 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+        (
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
+            "original_max_position_embeddings is 16, expected 32, as rope_scaling has it",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"layer_types": ["sliding_attention"] * 2}, "expected full_attention in every layer"),
         ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "layer_types is"),

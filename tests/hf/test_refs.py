@@ -34,6 +34,14 @@ def test_deep_nesting_is_one_line(tmp_path):
         refs.find_model(f"random::{deep}")
 
 
+def test_stop_ids_are_in_the_vocabulary(folder):
+    directory = folder()
+    (directory / "generation_config.json").write_text('{"eos_token_id": [2, 99999]}')
+    found = r"generation_config.json: eos_token_id is \[2, 99999\], expected token ids from 0 to"
+    with pytest.raises(UserError, match=f"^--load_checkpoint: {directory}/{found}"):
+        refs.find_model(f"hf::{directory}")
+
+
 def test_folder(folder, make, mesh):
     directory = folder()
     loaded = load_model(f"hf::{directory}", mesh, head="lm", compute={"remat": "full"})
