@@ -100,14 +100,15 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises UserError naming the file and the line that is not a JSON object with a `step`.
     """
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_bytes().split(b"\n")  # bytes: a kill may also cut in the middle of a character
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is not a whole line
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError:
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f"{path}, line {number}: expected a JSON object with a step, found {line[:60]!r}")
+            found = line.decode("utf-8", errors="replace")[:60]
+            raise UserError(f"{path}, line {number}: expected a JSON object with a step, found {found!r}")
         rows.append(row)
     return rows
 

@@ -66,6 +66,16 @@ def test_going_on_keeps_every_step_once(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["m.jsonl"]
 
 
+def test_a_last_line_may_be_cut_in_the_middle_of_a_character(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write(path, [1, 2])
+    with path.open("ab") as file:
+        file.write('{"step": 3, "text": "é'.encode()[:-1])
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2]
+    write(path, [3], start=2)
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3]
+
+
 def test_a_new_run_loses_nothing_of_an_old_one(tmp_path):
     path = tmp_path / "m.jsonl"
     for run in range(3):
@@ -77,13 +87,13 @@ def test_a_new_run_loses_nothing_of_an_old_one(tmp_path):
     }
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '{"step": "x"}'])
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"loss": 1}', b'{"step": "x"}', b'{"step": 2, "text": "\xc3"}'])
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "m.jsonl"
-    path.write_text('{"step": 1}\n' + line + "\n")
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
     with pytest.raises(UserError, match=r"m\.jsonl, line 2: expected a JSON object with a step"):
         JsonlWriter(path, start=5)
-    assert path.read_text().startswith('{"step": 1}')
+    assert path.read_bytes().startswith(b'{"step": 1}')
 
 
 def test_a_full_disk_costs_no_row_and_tears_no_line(tmp_path, monkeypatch):
