@@ -123,7 +123,7 @@ class RunDir:
 
 def make_run_dir(output_dir: str, script: str, checkpoint_dir: str = "") -> RunDir:
     """Creates the folder of a run, and keeps other runs out of it until the run is closed or its process ends; likewise
-    out of a `checkpoint_dir` of its own, unless that is in a store, which knows no locks.
+    out of that of its checkpoints, which others may name, too. A `checkpoint_dir` in a store knows no locks.
 
     Nothing else is written: a run that turns out not to start leaves an earlier one alone. `output_dir` empty:
     `runs/<script>-<date>-<time>` under the working directory, with a number behind it if that is taken. Process 0
@@ -138,7 +138,9 @@ def make_run_dir(output_dir: str, script: str, checkpoint_dir: str = "") -> RunD
     def create() -> str:
         path = Path(output_dir).expanduser() if output_dir else _new_folder(script)
         folders = [(path, f"--output_dir={output_dir or path}")]
-        if checkpoint_dir and "://" not in checkpoint_dir:
+        if not checkpoint_dir:
+            folders.append((RunDir(path).checkpoints, f"--output_dir={output_dir or path}, checkpoints"))
+        elif "://" not in checkpoint_dir:
             place, named = Path(checkpoint_dir).expanduser(), f"--checkpoint_dir={checkpoint_dir}"
             if path.resolve().is_relative_to(place.resolve()):  # which a run that starts anew sets aside as a whole
                 raise UserError(f"{named}: holds --output_dir={path}, expected a folder for checkpoints alone")

@@ -69,6 +69,28 @@ def test_folders_are_one_runs_until_it_ends_or_dies(tmp_path):
     assert len(make_run_dir(output_dir, "train_ppo", checkpoint_dir).locks) == 2  # one after another in one process
 
 
+def test_checkpoints_in_their_usual_place_are_one_runs_too(tmp_path):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDING, first, ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"1\n"
+    with pytest.raises(UserError) as caught:
+        make_run_dir(second, "train_ppo", f"{first}/checkpoints")
+    assert str(caught.value) == f"--checkpoint_dir={first}/checkpoints: another run is writing there"
+    holder.kill()
+    holder.wait()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(tmp_path / "third"), f"{first}/checkpoints"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"1\n"
+    with pytest.raises(UserError) as caught:
+        make_run_dir(first, "train_ppo")
+    assert str(caught.value) == f"--output_dir={first}, checkpoints: another run is writing there"
+    holder.kill()
+    holder.wait()
+
+
 @pytest.mark.parametrize("checkpoint_dir", ["run", "./run/", "."])
 def test_checkpoints_have_a_folder_that_does_not_hold_the_run(checkpoint_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -105,7 +127,7 @@ def test_a_new_run_leaves_an_earlier_ones_files_under_other_names(tmp_path, caps
     run.begin(Config(), start=0, run_id="first")
     kept = ["best.1.json", "hf.1", "hf-4.2", "hf_best.1", "report.1.html", "rollouts.1"]
     assert {path.name for path in tmp_path.iterdir()} == {
-        *kept, "hf-4.1", "thesis.txt", "config.yaml", "run_id.txt", ".lock",
+        *kept, "hf-4.1", "thesis.txt", "config.yaml", "run_id.txt", ".lock", "checkpoints",
     }  # fmt: skip
     assert capsys.readouterr().out == f"files of an earlier run in {tmp_path} have other names now: {', '.join(kept)}\n"
     assert run.run_id == "first"

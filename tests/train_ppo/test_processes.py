@@ -95,7 +95,7 @@ def stop_by_sigterm(flags, folder, count, devices, mesh_dim):
     assert [told(process.out) + told(process.err) for process in others] == [[]] * (count - 1)
     names = sorted(path.name for path in (folder / "run").iterdir())
     assert names == [".lock", "checkpoints", "config.yaml", "metrics.jsonl", "run_id.txt", "samples.jsonl"]
-    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["2", "models"]
+    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == [".lock", "2", "models"]
     return Result(folder / "run")
 
 
