@@ -44,7 +44,8 @@ def tell(error: BaseException, show: bool = True) -> int:
     2 for a UserError, 1 for a RunFailed, 0 for a RunStopped, 130 when interrupted, 1 and no line for anything else.
     """
     with contextlib.suppress(OSError):  # nobody reads it any more
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where it was closed before the start (`>&-`)
+            sys.stdout.flush()
         if tqdm := sys.modules.get("tqdm"):
             for bar in list(getattr(tqdm.tqdm, "_instances", ())):
                 bar.close()

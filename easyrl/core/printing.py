@@ -10,11 +10,14 @@ def print_come_what_may() -> None:
     """From here on no print, warning or progress bar raises an OSError: what cannot be written is dropped.
 
     A reader may leave first (`| head`; `| tee`, which a Ctrl-C ends too; a terminal that is closed), and a log may fill
-    its disk: none of that is to end a script. Does nothing where something else has replaced stdout and stderr.
+    its disk: none of that is to end a script. A stream that was closed before the start (`>&-`), which Python has as
+    None, becomes one that drops everything. Does nothing where something else has replaced stdout and stderr.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (open to the end)
+        elif isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
             stream.flush()
             setattr(sys, name, _like(stream))
 

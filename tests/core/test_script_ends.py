@@ -57,10 +57,10 @@ def script(tmp_path_factory):
     path = tmp_path_factory.mktemp("script") / "script.py"
     path.write_text(SCRIPT)
 
-    def run_script(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, unbuffered=""):
+    def run_script(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, unbuffered="", preexec_fn=None):
         return subprocess.run(
             [sys.executable, str(path), *argv], stdout=stdout, stderr=stderr, text=True, timeout=120,
-            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, preexec_fn=preexec_fn,
         )  # fmt: skip
 
     return run_script
@@ -186,6 +186,26 @@ def test_a_script_that_nobody_reads_ends_as_it_would(unbuffered, end, status, sc
 def test_a_script_whose_log_has_no_room_ends_as_it_would(script):
     with open("/dev/full", "w") as full:
         assert script("--end=well", stdout=full, stderr=full).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("closed", "end", "status", "line"),
+    [
+        (1, "wrong", 2, "easyrl: error: --rows, row 3: found nothing, expected text"),
+        (1, "interrupted", 130, "easyrl: interrupted"),
+        (2, "wrong", 2, ""),
+    ],
+)
+def test_a_script_that_was_started_with_a_closed_stream_ends_as_it_would(closed, end, status, line, script):
+    done = script(f"--end={end}", preexec_fn=lambda: os.close(closed))
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert done.stderr.endswith(f"{line}\n" if line else "")
+
+
+def test_an_error_before_the_script_runs_is_told_with_stdout_closed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert errors.tell(errors.UserError("--rows: found nothing")) == 2
+    assert capsys.readouterr().err == "easyrl: error: --rows: found nothing\n"
 
 
 def test_help_of_which_nobody_reads_the_end(script, closed_pipe):
