@@ -78,7 +78,8 @@ def parse(argv: Sequence[str]) -> Request:
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments that are the planner's own, and the others."""
-    names = {field.name for field in dataclasses.fields(Config)} | {"help"}
+    names = {field.name for field in dataclasses.fields(Config)} | {"help", "h"}
+    names |= {f"no{field.name}" for field in dataclasses.fields(Config) if field.type is bool}
     own: list[str] = []
     others: list[str] = []
     into = others

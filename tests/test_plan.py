@@ -49,6 +49,17 @@ def test_flags_are_told_apart():
         plan.parse(["--script=train_dpo", "--gamma=1"])
 
 
+@pytest.mark.parametrize("argument", ["-h", "-help", "--help"])
+def test_help_is_the_planners_own(argument, capsys):
+    with pytest.raises(SystemExit):
+        plan.parse(["--script=train_dpo", argument])
+    assert "--topology" in capsys.readouterr().out
+
+
+def test_a_flag_is_switched_off_as_help_shows_it():
+    assert not plan.parse(["--suggest", "--nosuggest"]).config.suggest
+
+
 def test_flops_of_a_step_are_those_of_the_model():
     """Without remat: three times the forward pass with attention to all. Rows are one chunk long, whose logits the
     compiler shares between both passes. Agrees to 2 %: what is missing in the count is work of no matrix product.
