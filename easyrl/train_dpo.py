@@ -12,7 +12,7 @@ metrics.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyrl.core.command_line import run
-from easyrl.core.config import flag
+from easyrl.core.config import flag, flag_specs
 from easyrl.core.distributed import say
 from easyrl.core.dtypes import DTYPES
 from easyrl.core.errors import UserError
@@ -42,6 +42,7 @@ from easyrl.models.families import param_specs
 from easyrl.models.long_attention import sees_stems
 from easyrl.rewards.models import FoundSources, find_sources, named_sources
 from easyrl.runtime.alarms import ChosenFalls, chosen_falls_hook, nothing_learnt_hook
+from easyrl.runtime.evaluation import digest
 from easyrl.runtime.offline import (
     OfflineConfig,
     Start,
@@ -143,6 +144,7 @@ def main(config: Config) -> None:
     references = [found_reference] if config.reads_reference else []
     judges = [model.found for model in sources.models] if sources else []
     run_dir, checkpoints = open_run(config, SCRIPT, loader, [*references, *judges])
+    measured = measured_by(config, checkpoints.frozen)
 
     # ------------------------------------------------------------ weights, what the reference says of the data
     dtype, specs = DTYPES[config.param_dtype], param_specs(start.cfg, "lm")
@@ -181,7 +183,9 @@ def main(config: Config) -> None:
     pairs = None
     if sources is not None:
         equal_start = not config.load_checkpoint_reference and not checkpoints.start
-        pairs = online_pairs(config, begin, loader, sources, reference, mesh, shapes, equal_start=equal_start)
+        pairs = online_pairs(
+            config, begin, loader, sources, reference, mesh, shapes, equal_start=equal_start, measured_by=measured
+        )  # fmt: skip
     else:
         place = placer(loader, "train_dataset")
         place_held_out = placer(held_out, "eval_dataset") if held_out else place
@@ -231,7 +235,8 @@ def main(config: Config) -> None:
             loss_of=None,  # the pairs of a bad step would be judged anew: no sample by itself can be shown to be bad
             measure=pairs.measure, export=export, model=model,
             bar={"reward": "env/reward_mean", "KL": "objective/kl", "loss": "loss", "eval": "eval/reward_mean"},
-            best_by="reward_mean", memories={"online": pairs}, faults=pairs.faults, samples=pairs.samples,
+            best_by="reward_mean", measured_by=measured,
+            memories={"online": pairs}, faults=pairs.faults, samples=pairs.samples,
             hooks=[nothing_learnt_hook(lambda metrics: metrics["online/told_share"] > 0, NO_PAIR)],
         )  # fmt: skip
     else:
@@ -240,7 +245,7 @@ def main(config: Config) -> None:
             name=config.method, place=place, update=update, loss_of=loss_of,
             measure=measure, export=export, model=model,
             bar={"loss": "loss", "margin": "rewards/margins", "eval": "eval/loss", "tok/s": "tokens_per_second"},
-            hooks=[chosen_falls_hook(alarm)], memories={"chosen_falls": alarm},
+            measured_by=measured, hooks=[chosen_falls_hook(alarm)], memories={"chosen_falls": alarm},
         )  # fmt: skip
     train(config, run_dir, checkpoints, state, loader, held_out, method, total)
 
@@ -260,6 +265,17 @@ def card(config: Config, template: Template, total: int, metrics: dict[str, floa
     )
 
 
+def measured_by(config: Config, frozen: Mapping[str, str]) -> str:
+    """A name of what decides how the same weights do on the same held-out data: the loss with its reference, or with
+    --online how answers are drawn and scored. `frozen` has a digest of the models that say so, by flag.
+    """
+    if not config.online:
+        return digest(config.facts, config.load_checkpoint_reference, sorted(frozen.items()))
+    names = [spec.name for spec in flag_specs(OnlineConfig) if not spec.may_change]
+    settings = {name: getattr(config, name) for name in names}
+    return digest(settings, config.seed, frozen.get("load_checkpoint_reward"))
+
+
 def online_pairs(
     config: Config,
     start: Start,
@@ -270,6 +286,7 @@ def online_pairs(
     shapes: tuple[Shape, ...],
     *,
     equal_start: bool,
+    measured_by: str,
 ) -> OnlinePairs:
     """The policy's own answers as pairs; `equal_start`: the policy still has the reference's weights."""
     dtype = DTYPES[config.dtype]
@@ -285,6 +302,7 @@ def online_pairs(
         config, prompts, sample, judges, sources.weights,
         None if reference is None else reference.logprobs, start.tokenizer, mesh,
         seed=config.seed, shapes=shapes, share_prompts=share, check_in=dtype if equal_start else "",
+        measured_by=measured_by,
     )  # fmt: skip
 
 

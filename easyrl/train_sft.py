@@ -102,6 +102,7 @@ def main(config: Config) -> None:
         name=NAME, place=place, update=update, loss_of=loss_of, measure=measure, export=export,
         model=SavedModel("lm", start.cfg, "params", tokenizer, generation, dtype=dtype),
         bar={"loss": "loss", "perplexity": "eval/perplexity", "tok/s": "tokens_per_second"},
+        measured_by=config.loss_on,
     )  # fmt: skip
     train(config, run_dir, checkpoints, state, loader, held_out, method, total)
 

@@ -147,6 +147,37 @@ def test_other_held_out_data_have_a_start_of_their_own(folder, tmp_path):
     assert shares == [0.5, 1.0, 0.5, 1.0]
 
 
+def test_another_reward_has_a_start_of_its_own(folder, tmp_path):
+    """A run that goes on with another reward is not compared with what the one before said."""
+    pairs, model, _ = pairs_for(folder, make_mesh("1,1,1", jax.devices()[:1]))
+    pairs._sample = lambda *given: drawn(np.full(2 * B, 5))
+    shares = []
+    for reward, score in (("one", 1.0), ("one", 2.0), ("other", 9.0), ("other", 10.0)):
+        pairs._measured_by = reward
+        pairs._sources = [Source("score", lambda batch, score=score: (np.full(len(batch), score), {}))]
+        shares.append(pairs.measure(model.params, pairs._prompts)["win_share"])
+        pairs.recall(json.loads(json.dumps(pairs.remember())))
+    assert shares == [0.5, 1.0, 0.5, 1.0]
+    del pairs._start["measured_by"]  # a checkpoint of an earlier version
+    pairs._measured_by = "another"
+    assert pairs.measure(model.params, pairs._prompts)["win_share"] == 1.0
+
+
+def test_what_an_answer_scores_is_named_by_all_that_decides_it():
+    online = {"online": True, "reward_function": "f:g"}
+    settings: list[tuple[dict, dict]] = [
+        ({}, {}), ({"beta": 0.2}, {}), ({"loss": "ipo"}, {}), ({}, {"load_checkpoint": "weights"}),
+        (online, {}), (online | {"reward_weights": "2"}, {}), (online | {"missing_eos": "replace:-1"}, {}),
+        (online | {"reward_function": "f:h"}, {}), (online | {"load_checkpoint_reward": "random::debug"}, {}),
+        (online, {"load_checkpoint_reward": "weights"}),
+    ]  # fmt: skip
+    named = [train_dpo.measured_by(train_dpo.Config(**flags), frozen) for flags, frozen in settings]
+    assert len(set(named)) == len(named)
+    for flags, same in (({}, {"lr": 1.0}), (online, {"lr": 1.0, "logged_samples": 9, "decode_rows": 8})):
+        one, other = (train_dpo.Config(**flags, **more) for more in ({}, same))
+        assert train_dpo.measured_by(one, {}) == train_dpo.measured_by(other, {})
+
+
 def test_equal_answers_make_no_pair(folder):
     """Though their scores differ by rounding."""
     pairs, model, _ = pairs_for(folder, make_mesh("1,1,1", jax.devices()[:1]))

@@ -84,7 +84,7 @@ class Checkpoints:
 
     `start` is the step the run goes on from, 0 for a new run; `metrics` are that step's. `made_here` is the same where
     the files in the run's folder are those of this run, and 0 where they are another one's: checkpoints and folder bear
-    the same `run_id`.
+    the same `run_id`. `frozen` has a digest of the models that are not trained, by the flag that names them.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Checkpoints:
         self.made_here: int = self.start if same else 0
         self.run_id: str = ours if self.made_here else from_first(lambda: uuid.uuid4().hex[:12])
         self._facts = facts | {"run_id": self.run_id}
+        self.frozen: Mapping[str, str] = facts["frozen"]
         self.metrics: dict[str, float] = source.facts["metrics"] if source else {}
         self._stop = _Stop()
 
@@ -132,6 +133,7 @@ class Checkpoints:
         *,
         total: int,
         best_by: str = "",
+        measured: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> Hook:
         """The hook that saves, which must come after those that log and export. From here on the folder is this run's:
@@ -143,6 +145,7 @@ class Checkpoints:
           troubles: told of saves that fail; the run goes on and the earlier checkpoints stay.
           total: the last step, always saved.
           best_by: the metric of an evaluation by which the best checkpoint is found, which is kept.
+          measured: a name of what evaluations measure; only those of one name are compared.
         """
         config = self._config
         keep, every = config.keep_checkpoints, config.keep_checkpoint_every
@@ -165,6 +168,7 @@ class Checkpoints:
             return self._facts | {
                 "step": info.step,
                 "score": score if math.isfinite(score) else None,
+                "measured": measured,
                 "metrics": info.metrics,
                 "memories": {name: memory.remember() for name, memory in memories.items()},
             }
@@ -284,12 +288,15 @@ class _Saver:
 def spare_steps(facts: Mapping[int, Mapping[str, Any]], keep: int, every: int) -> list[int]:
     """The steps that need not be kept: not among the last `keep` (0: keep all), no multiple of `every`, not the best.
 
-    The best has the highest score, of equals the earliest; a step without an evaluation has none.
+    The best has the highest score, of equals the earliest; a step without an evaluation has none. Scores of other data
+    or settings than the newest step's do not count; a step from before these were kept is taken to have the same.
     """
     if keep == 0:
         return []
     kept = set(sorted(facts)[-keep:])
-    scores = {step: facts[step]["score"] for step in sorted(facts) if facts[step]["score"] is not None}
+    measured = facts[max(facts)].get("measured")
+    alike = [step for step in sorted(facts) if facts[step].get("measured", measured) == measured]
+    scores = {step: facts[step]["score"] for step in alike if facts[step]["score"] is not None}
     if scores:
         kept.add(max(scores, key=lambda step: scores[step]))
     return [step for step in facts if step not in kept and not (every and step % every == 0)]

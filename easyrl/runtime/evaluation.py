@@ -1,12 +1,13 @@
 """Evaluation during training, and the step that did best."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from easyrl.core.distributed import is_first
+from easyrl.core.distributed import is_first, say
 from easyrl.core.files import write_atomic
 from easyrl.runtime.metrics import PhaseTimer, fetch
 from easyrl.runtime.progress import warn
@@ -19,6 +20,11 @@ Measure = Callable[[Any], dict[str, Any]]
 def direction(metric: str) -> float:
     """1 for a metric of which more is better, -1 for a loss."""
     return -1.0 if metric.endswith("loss") else 1.0
+
+
+def digest(*parts: Any) -> str:
+    """A short name of what evaluations measure, from the data and settings that decide it."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 class Evaluation:
@@ -34,6 +40,7 @@ class Evaluation:
         better to take the place of an earlier one.
       on_best: called with the parameters and the evaluation's metrics when a step of the training is the best so far.
         A warning says so if none ever was.
+      measured: a name of what is measured. The best of a run that measured something else is no measure of this one's.
       troubles: told when `path` or what `on_best` writes cannot be written.
     """
 
@@ -46,21 +53,29 @@ class Evaluation:
         total: int,
         best_by: str,
         on_best: Callable[[Any, dict[str, float]], None] | None = None,
+        measured: str = "",
         troubles: Troubles | None = None,
     ):
         self._troubles = troubles or Troubles()
         self._path, self._measure, self._every, self._total, self._on_best = path, measure, every, total, on_best
-        self._best_by = f"eval/{best_by}"
+        self._best_by, self._measured = f"eval/{best_by}", measured
         self._sign = direction(best_by)
         self._best: tuple[int, float] | None = None  # its step and its value
 
-    def remember(self) -> list[float] | None:
-        """The best step so far and its value, for a checkpoint."""
-        return None if self._best is None else [*self._best]
+    def remember(self) -> list[Any] | None:
+        """The best step so far, its value and what was measured, for a checkpoint."""
+        return None if self._best is None else [*self._best, self._measured]
 
-    def recall(self, remembered: list[float] | None) -> None:
-        """Goes on from what `remember` gave."""
-        self._best = None if remembered is None else (int(remembered[0]), float(remembered[1]))
+    def recall(self, remembered: list[Any] | None) -> None:
+        """Goes on from what `remember` gave, as far as the same was measured then."""
+        if remembered is None:
+            self._best = None
+            return
+        step, value, *measured = remembered  # checkpoints from before this was kept do not say what
+        self._best = (int(step), float(value))
+        if measured and measured != [self._measured]:
+            self._best = None
+            say(f"step {step}, the best so far by {self._best_by}, was measured otherwise: the best is found anew")
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after this step, counted from 1."""

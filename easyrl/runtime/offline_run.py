@@ -16,7 +16,7 @@ from easyrl.data.loader import Batch, Loader
 from easyrl.data.prompts import PromptDataset
 from easyrl.hf.saved import SavedModel
 from easyrl.runtime.checkpoint import Checkpoints, Memory
-from easyrl.runtime.evaluation import Evaluation
+from easyrl.runtime.evaluation import Evaluation, digest
 from easyrl.runtime.guard import Guard, bad_weights, check_weights, culprits, listed, terms_of
 from easyrl.runtime.loop import Hook
 from easyrl.runtime.offline import HF_BEST, OfflineConfig, learning_rate
@@ -39,6 +39,7 @@ class Method(Generic[PlacedBatch]):
     loss_of: the loss on it alone, for finding the samples whose loss is not finite; None: it cannot be had again.
     measure: `measure(params, held_out) -> metrics`, called when there are held-out data; `best_by` is the one that
       picks the best step (see `Evaluation`).
+    measured_by: a name of the settings that decide what `measure` finds of the same weights and data.
     export: `export(folder, params, metrics)` writes a model.
     model: what readers of the checkpoints need to know of it.
     bar: label and name of the metrics that the progress bar shows.
@@ -57,6 +58,7 @@ class Method(Generic[PlacedBatch]):
     model: SavedModel
     bar: Mapping[str, str]
     best_by: str = "loss"
+    measured_by: str = ""
     hooks: Sequence[Hook] = ()
     memories: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
     faults: Callable[[int], Sequence[str]] = lambda step: ()
@@ -84,6 +86,7 @@ def train(
         check_weights(folder, params)
         method.export(folder, params, metrics)
 
+    measured = "" if held_out is None else digest(held_out.dataset.fingerprint, method.measured_by)
     evaluation = Evaluation(
         run_dir.path / "best.json",
         None if held_out is None else lambda params: method.measure(params, held_out),
@@ -91,6 +94,7 @@ def train(
         total=total,
         best_by=method.best_by,
         on_best=partial(export, run_dir.path / HF_BEST) if config.save_best else None,
+        measured=measured,
         troubles=troubles,
     )
 
@@ -139,6 +143,7 @@ def train(
         models=[method.model],
         bar=method.bar,
         best_by=f"eval/{method.best_by}",
+        measured=measured,
         guard=Guard(config.max_bad_steps, explain, keep),
         memories={"evaluation": evaluation, **method.memories},
         hooks=method.hooks,

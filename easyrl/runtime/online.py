@@ -90,6 +90,7 @@ class OnlinePairs:
       share_prompts: whether what the two responses begin with is computed once.
       check_in: if given, policy and reference have the same weights and compute in this format: the first step checks
         that the sampler's log-probs are the reference's.
+      measured_by: a name of the settings that decide how an answer scores.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class OnlinePairs:
         shapes: tuple[Shape, ...],
         share_prompts: bool,
         check_in: str = "",
+        measured_by: str = "",
     ):
         self._config, self._prompts, self._sample, self._tokenizer = config, prompts, sample, tokenizer
         self._sources, self._weights, self._reference = sources, weights, reference
@@ -114,12 +116,13 @@ class OnlinePairs:
         self._key = jax.random.key(seed)
         self._batch_size = len(prompts.batch(0).samples)
         self._width = prompts.prompt_length + config.max_continuation_len
-        self._start: dict[str, Any] = {}  # of the first evaluation: the fingerprint of its data, its scores
+        self._measured_by = measured_by
+        self._start: dict[str, Any] = {}  # of the first evaluation: the fingerprint of its data, `measured_by`, scores
         self._faults: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=2)  # the last steps, counted from 1, and theirs
         self.samples: list[dict[str, Any]] = []  # rows for samples.jsonl; whoever writes them empties it
 
     def remember(self) -> dict[str, Any]:
-        """The scores of the policy's first evaluation, and of which data, for a checkpoint."""
+        """The scores of the policy's first evaluation, of which data, and by which settings, for a checkpoint."""
         return self._start
 
     def recall(self, remembered: dict[str, Any]) -> None:
@@ -224,8 +227,8 @@ class OnlinePairs:
         """How the policy does on held-out prompts, with the same randomness every time.
 
         `win_share` is the share of responses that score higher than that of the policy's first evaluation to the same
-        prompt, ties counted half. A run that went on with other held-out data compares with its first evaluation of
-        these.
+        prompt, ties counted half. A run that went on with other held-out data or another reward compares with its first
+        evaluation by these.
         """
         scores: list[float] = []
 
@@ -238,8 +241,9 @@ class OnlinePairs:
         metrics, responses, judged = score_held_out(held_out, self._batch_size, score)
         self.samples += sample_rows("eval", responses, judged, 4 * self._config.logged_samples)
         data = held_out.dataset.fingerprint
-        if self._start.get("data") != data:
-            self._start = {"data": data, "scores": scores}
+        by = self._start.get("measured_by", self._measured_by)  # checkpoints from before this was kept do not say
+        if self._start.get("data") != data or by != self._measured_by:
+            self._start = {"data": data, "measured_by": self._measured_by, "scores": scores}
         wins = 0.5 + 0.5 * np.sign(np.subtract(scores, self._start["scores"]))[: EACH * len(held_out)]
         metrics["eval/win_share"] = float(np.nanmean(wins))
         return {name.removeprefix("eval/"): value for name, value in metrics.items()}  # the caller names them so

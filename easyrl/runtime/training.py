@@ -42,6 +42,7 @@ class Training(Generic[State]):
     models: what readers of the checkpoints need to know of the models in the state.
     bar: label and name of the metrics that the progress bar shows.
     best_by: the metric of an evaluation that decides which checkpoint is the best.
+    measured: a name of what evaluations measure; only those of one name are compared.
     guard: what ends a run of bad numbers.
     memories: everything else that is to be remembered on the host from step to step, by name.
     hooks: called before the others, so that they may add to the metrics.
@@ -57,6 +58,7 @@ class Training(Generic[State]):
     bar: Mapping[str, str]
     best_by: str
     guard: Guard
+    measured: str = ""
     memories: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
     hooks: Sequence[Hook] = ()
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -101,7 +103,9 @@ def run_training(
 
     memories = {**training.memories, "guard": guard}
     checkpoints.recall(memories)
-    saving = checkpoints.hook(memories, training.models, troubles, total=total, best_by=training.best_by)
+    saving = checkpoints.hook(
+        memories, training.models, troubles, total=total, best_by=training.best_by, measured=training.measured
+    )
     start_metrics = evaluate(state, 0) if start == 0 else {}
     for tracker in trackers if start_metrics else ():
         tracker.log(0, start_metrics)

@@ -102,6 +102,12 @@ def test_what_is_kept():
     assert spare_steps(some, 2, 0) == [2, 4, 8]  # 6 is the first of the best
     assert spare_steps(some, 1, 4) == [2, 10]
     assert spare_steps(some, 0, 0) == []
+    for step in (8, 10, 12):
+        some[step]["measured"] = "other rows"
+    assert spare_steps(some, 1, 0) == [2, 4, 8, 10]  # of a run of an earlier version, which is taken to be the same
+    for step in (2, 4, 6):
+        some[step]["measured"] = "rows"
+    assert spare_steps(some, 1, 0) == [2, 4, 6, 10]
 
 
 def test_the_best_evaluated_checkpoint_is_kept_until_a_better_one(tmp_path):

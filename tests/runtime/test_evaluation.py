@@ -49,6 +49,19 @@ def test_a_later_step_must_be_better(tmp_path):
     assert [run(step, step)["eval/best_step"] for step in range(2)] == [0, 0]
 
 
+@pytest.mark.parametrize(("then", "best_step"), [("these rows", 1), ("others", 2), (None, 1)])
+def test_a_run_that_goes_on_compares_what_was_measured_alike(tmp_path, capsys, then, best_step):
+    first = evaluation(tmp_path, [2.0, 1.0], measured=then or "")
+    for step in range(2):
+        first(step, step)
+    remembered = json.loads(json.dumps(first.remember()))
+    second = evaluation(tmp_path, [2.0, 1.0, 1.5], measured="these rows")
+    second.recall(remembered if then else remembered[:2])  # checkpoints of earlier versions do not say
+    assert second(2, 2)["eval/best_step"] == best_step
+    said = "step 1, the best so far by eval/loss, was measured otherwise: the best is found anew\n"
+    assert capsys.readouterr().out == (said if best_step == 2 else "")
+
+
 def test_a_value_that_is_not_finite_is_never_the_best(tmp_path):
     run = evaluation(tmp_path, [float("nan"), 2.0, float("nan")])
     assert "eval/best_step" not in run(0, 0)
