@@ -21,6 +21,7 @@ ROWS = [
     {"prompt": prompt, "completion": f" {prompt} is " + "good " * (1 + number % 2)}
     for number, prompt in enumerate(PROMPTS)
 ]
+KEPT = "if its checkpoint was kept, python -m easyrl.convert --load_checkpoint="
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,22 @@ def test_a_run_learns_and_leaves_everything_it_promises(folder, flags, tmp_path)
     assert "eval/perplexity" in (tmp_path / "hf" / "README.md").read_text()
     assert facts_of_card(tmp_path / "hf")["num_epochs"] == "6"
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trained.params))
+
+
+def test_a_run_that_goes_on_with_save_best_and_then_other_held_out_rows(flags, tmp_path, capsys):
+    write_rows(tmp_path / "held_out.jsonl", ROWS)
+    flags = flags | {"eval_dataset.path": tmp_path / "held_out.jsonl", "output_dir": tmp_path / "run"}
+    run_script(train_sft, flags | {"total_steps": 2})
+    run_script(train_sft, flags | {"total_steps": 2, "save_best": True})
+    checkpoint = f"easyrl::{tmp_path / 'run' / 'checkpoints' / '2'}"
+    assert f"the best step by eval/loss was 2, and there is no hf_best of it; {KEPT}{checkpoint} exports it" in (
+        capsys.readouterr().err
+    )
+    write_rows(tmp_path / "held_out.jsonl", [{"prompt": "x", "completion": " zebras"}])
+    run_script(train_sft, flags | {"total_steps": 3, "save_best": True, "allow_config_change": "total_steps"})
+    *_, before, last = metrics_of(tmp_path / "run")
+    assert last["eval/loss"] > before["eval/loss"] and (before["eval/best_step"], last["eval/best_step"]) == (2, 3)
+    assert (tmp_path / "run" / "hf_best" / "config.json").exists() and "no hf_best" not in capsys.readouterr().err
 
 
 def test_loss_on_all_tokens_in_several_passes(folder, flags, tmp_path):

@@ -77,6 +77,17 @@ class Evaluation:
             self._best = None
             say(f"step {step}, the best so far by {self._best_by}, was measured otherwise: the best is found anew")
 
+    def check_export(self, folder: Path, checkpoints: Any) -> None:
+        """At the end of a run that is to have the export of its best step in `folder`: says so where it is not there,
+        because the step had passed before the run was asked for it. Its weights may be in `checkpoints`.
+        """
+        if is_first() and self._best is not None and self._best[0] > 0 and not folder.exists():
+            step = self._best[0]
+            warn(
+                f"the best step by {self._best_by} was {step}, and there is no {folder.name} of it; if its checkpoint "
+                f"was kept, python -m easyrl.convert --load_checkpoint=easyrl::{checkpoints}/{step} exports it"
+            )
+
     def due(self, step: int) -> bool:
         """Whether to evaluate after this step, counted from 1."""
         return step == self._total or (self._every > 0 and step % self._every == 0)

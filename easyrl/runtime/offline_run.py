@@ -18,7 +18,7 @@ from easyrl.hf.saved import SavedModel
 from easyrl.runtime.checkpoint import Checkpoints, Memory
 from easyrl.runtime.evaluation import Evaluation, digest
 from easyrl.runtime.guard import Guard, bad_weights, check_weights, culprits, listed, terms_of
-from easyrl.runtime.loop import Hook
+from easyrl.runtime.loop import Hook, StepInfo
 from easyrl.runtime.offline import HF_BEST, OfflineConfig, learning_rate
 from easyrl.runtime.recording import save_recording
 from easyrl.runtime.run_dir import RunDir
@@ -98,6 +98,9 @@ def train(
         troubles=troubles,
     )
 
+    def check_export(info: StepInfo) -> None:
+        evaluation.check_export(run_dir.path / HF_BEST, checkpoints.folder)
+
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         now = rate(state.updates)  # the optimizer counts as the state does: without the updates that are left out
         state, metrics = method.update(state, method.place(batch))
@@ -146,7 +149,7 @@ def train(
         measured=measured,
         guard=Guard(config.max_bad_steps, explain, keep),
         memories={"evaluation": evaluation, **method.memories},
-        hooks=method.hooks,
+        hooks=[*method.hooks, *([Hook(on_end=check_export)] if config.save_best else [])],
         samples=method.samples,
     )
     run_training(config, run_dir, checkpoints, troubles, state, training, total)

@@ -44,6 +44,23 @@ def test_it_says_when_the_start_stays_the_best(tmp_path, capsys, values, silent)
     assert capsys.readouterr().err == ("" if silent else said)
 
 
+@pytest.mark.parametrize(("best_step", "exported", "silent"), [(1, False, False), (1, True, True), (0, False, True)])
+def test_it_says_when_the_best_step_passed_before_its_export_was_asked_for(
+    tmp_path, capsys, best_step, exported, silent
+):
+    run = evaluation(tmp_path, [2.0, 1.0 + 2 * (best_step == 0), 3.0])
+    for step in range(3):
+        run(step, step)
+    if exported:
+        (tmp_path / "hf_best").mkdir()
+    run.check_export(tmp_path / "hf_best", tmp_path / "checkpoints")
+    said = (
+        "easyrl: warning: the best step by eval/loss was 1, and there is no hf_best of it; if its checkpoint was kept, "
+        f"python -m easyrl.convert --load_checkpoint=easyrl::{tmp_path}/checkpoints/1 exports it\n"
+    )
+    assert capsys.readouterr().err == ("" if silent else said)
+
+
 def test_a_later_step_must_be_better(tmp_path):
     run = evaluation(tmp_path, [1.0, 1.0])
     assert [run(step, step)["eval/best_step"] for step in range(2)] == [0, 0]
