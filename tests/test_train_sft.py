@@ -135,6 +135,7 @@ def test_loss_on_all_tokens_in_several_passes(folder, flags, tmp_path):
         ({"train_dataset.path": "nowhere.jsonl"}, "--train_dataset.path: nowhere.jsonl: no such file"),
         ({"eval_dataset.path": "nowhere.jsonl"}, "--eval_dataset.path: nowhere.jsonl: no such file"),
         ({"eval_dataset.split": "[4:2"}, None),
+        ({"eval_dataset.split": "[4:]"}, "--eval_dataset.split=[4:]: needs --eval_dataset.path, which is not given"),
         ({"template": "nothing"}, "--template=nothing: found no such template"),
         (
             {"mesh_dim": "4,2,1", "micro_batch_size": 12},

@@ -18,8 +18,12 @@ BUNDLED = "bundled"  # the policy of the quickstart, whose place depends on wher
 
 
 def fill_in(config: Any) -> Any:
-    """A PPO config as it is, or one of the quickstart with the bundled models and prompts where it names none."""
+    """A PPO config as it is, or one of the quickstart with the bundled models and prompts where it names none.
+
+    Raises UserError for flags of held-out prompts where there are none.
+    """
     if config.load_checkpoint_policy != BUNDLED:
+        config.eval_dataset.check()
         return config
     reward = config.load_checkpoint_reward or ("" if config.reward_function else f"hf::{REWARD_MODEL}")
     train = dataclasses.replace(config.train_dataset, path=config.train_dataset.path or str(TRAIN_PROMPTS))

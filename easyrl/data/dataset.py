@@ -110,9 +110,6 @@ class HeldOutConfig:
     skip_bad_rows: bool = flag(False, "Leave out and count rows that cannot be used, instead of stopping at the first.")
 
     def __post_init__(self) -> None:
-        for name in ("split", "skip_bad_rows"):
-            if getattr(self, name) and not self.path:
-                raise UserError(f"{HELD_OUT}.{name}={getattr(self, name)}: needs {HELD_OUT}.path, which is not given")
         try:
             parts = parse_mixture(self.path) if self.path else []
         except UserError as error:
@@ -120,6 +117,14 @@ class HeldOutConfig:
         if any(weight is not None for _, weight in parts):
             expected = "expected none: every held-out row counts once"
             raise UserError(f"{HELD_OUT}.path={self.path}: found weights, {expected}")
+
+    def check(self) -> None:
+        """Raises UserError for flags that say something about no data. Not earlier than here, since the quickstart has
+        data without a path on the command line.
+        """
+        for name in ("split", "skip_bad_rows"):
+            if getattr(self, name) and not self.path:
+                raise UserError(f"{HELD_OUT}.{name}={getattr(self, name)}: needs {HELD_OUT}.path, which is not given")
 
     def like(self, training: C) -> C:
         """These data cut and batched as the training data are, in the order of the file."""

@@ -62,6 +62,7 @@ class OfflineConfig(RunConfig):
     warmup_ratio: float = flag(0.03, "Share of all steps over which the learning rate rises from 0.", least=0, most=1)
 
     def __post_init__(self) -> None:
+        self.eval_dataset.check()
         if self.end_lr and self.lr_schedule == "constant":
             raise UserError(f"--end_lr={self.end_lr:g}: --lr_schedule=constant does not read it")
 

@@ -201,6 +201,13 @@ def test_whoever_names_neither_models_nor_prompts_gets_the_quickstart(flags):
     assert config.load_checkpoint_reward == ("" if flags else f"hf::{assets.REWARD_MODEL}")
 
 
+def test_a_part_of_the_quickstarts_own_held_out_prompts():
+    config = assets.fill_in(load_config(train_ppo.Config, ["--eval_dataset.split=[:8]"]))
+    assert (config.eval_dataset.path, config.eval_dataset.split) == (str(assets.EVAL_PROMPTS), "[:8]")
+    with pytest.raises(UserError, match=r"--eval_dataset.split=\[:8\]: needs --eval_dataset.path"):
+        assets.fill_in(load_config(train_ppo.Config, ["--train_dataset.path=x", "--eval_dataset.split=[:8]"]))
+
+
 @pytest.mark.parametrize(
     "flag", ["train_dataset.path=x", "load_checkpoint_reward=hf::x", f"config={REPO}/configs/ppo_stories260k.yaml"]
 )

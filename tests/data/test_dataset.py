@@ -256,7 +256,7 @@ def test_lines_are_counted_for_the_bar_alone(write_rows, template, monkeypatch):
 )
 def test_held_out_flags_that_would_do_nothing(settings, expected):
     with pytest.raises(UserError) as caught:
-        HeldOutConfig(**settings)
+        HeldOutConfig(**settings).check()
     assert str(caught.value) == expected
 
 
