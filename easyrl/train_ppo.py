@@ -59,7 +59,7 @@ from easyrl.sampling.decode import DecodingConfig, SamplingConfig
 from easyrl.steps.optimizer import make_optimizer, updates_in
 from easyrl.steps.packed import place_plans
 from easyrl.steps.ppo import PPOState, abstract_ppo_state, branch_specs, make_ppo_schedules, make_update
-from easyrl.steps.ppo_config import PPOConfig
+from easyrl.steps.ppo_config import PPOConfig, resumed_kl_coef
 from easyrl.steps.rollout import SampledBatch, calls_ahead, join_samples, run_updates, self_check
 from easyrl.steps.sampling import Sampler
 from easyrl.steps.scoring import abstract_passes, make_finish, make_forward
@@ -234,6 +234,9 @@ def main(config: Config) -> None:
         policy.cfg, value.cfg, config, param_dtype, policy_optimizer, value_optimizer, mesh
     )
     state = checkpoints.restore(abstract_state, first_state)
+    if checkpoints.start:
+        kl_coef = resumed_kl_coef(float(fetch(state.kl_coef)), checkpoints.flags, config)
+        state = state.replace(kl_coef=put(np.float32(kl_coef), whole))
 
     # ------------------------------------------------------------ device programs
     sample = Sampler(

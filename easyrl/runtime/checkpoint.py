@@ -82,9 +82,10 @@ def open_checkpoints(
 class Checkpoints:
     """The checkpoints of one run: the one it goes on from, if any, and those it writes.
 
-    `start` is the step the run goes on from, 0 for a new run; `metrics` are that step's. `made_here` is the same where
-    the files in the run's folder are those of this run, and 0 where they are another one's: checkpoints and folder bear
-    the same `run_id`. `frozen` has a digest of the models that are not trained, by the flag that names them.
+    `start` is the step the run goes on from, 0 for a new run; `metrics` are that step's, `flags` those it was made with
+    by their dotted names. `made_here` is the same as `start` where the files in the run's folder are those of this run,
+    and 0 where they are another one's: checkpoints and folder bear the same `run_id`. `frozen` has a digest of the
+    models that are not trained, by the flag that names them.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Checkpoints:
         self._facts = facts | {"run_id": self.run_id}
         self.frozen: Mapping[str, str] = facts["frozen"]
         self.metrics: dict[str, float] = source.facts["metrics"] if source else {}
+        self.flags: dict[str, Any] = source.facts["config"] if source else {}
         self._stop = _Stop()
 
     def restore(self, abstract: State, create: Callable[[], State]) -> State:

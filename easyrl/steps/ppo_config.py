@@ -1,6 +1,8 @@
 """The numbers of PPO that its device programs are made with."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
@@ -67,3 +69,13 @@ class PPOConfig:
     def logprob_temperature(self) -> float:
         """The temperature at which every log-prob of a run is taken."""
         return self.temperature if self.logprob_space == "sampling" else 1.0
+
+
+def resumed_kl_coef(saved: float, then: Mapping[str, Any], now: PPOConfig) -> float:
+    """The KL coefficient of a run that goes on from a checkpoint, whose state has `saved` and whose flags were `then`.
+
+    The adaptive controller goes on where it was, unless it was off until then or --kl_coef is another now. Without
+    --kl_target the coefficient is --kl_coef, also where a controller has moved it before.
+    """
+    adapted = now.kl_target and then["kl_target"] and then["kl_coef"] == now.kl_coef
+    return saved if adapted else now.kl_coef

@@ -15,7 +15,7 @@ from easyrl.models.families import param_specs
 from easyrl.steps.logprobs import CHUNK_TOKENS
 from easyrl.steps.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from easyrl.steps.ppo import PPOState, make_update
-from easyrl.steps.ppo_config import PPOConfig
+from easyrl.steps.ppo_config import PPOConfig, resumed_kl_coef
 from easyrl.steps.scoring import Passes, make_finish, make_forward
 from easyrl.steps.state import create_train_state
 from tests.steps.conftest import everywhere, make_params, plan_shapes, rollout_shapes, state_shapes
@@ -245,6 +245,20 @@ def test_the_adaptive_coefficient_counts_only_responses_that_are_learnt_from(one
 def test_a_coefficient_of_0_cannot_be_steered():
     with pytest.raises(UserError, match="--kl_coef=0: it is the starting weight of --kl_target, expected more than 0"):
         PPOConfig(kl_coef=0, kl_target=1.0)
+
+
+def test_going_on_the_coefficient_is_the_flag_s_unless_a_controller_has_moved_it_from_there():
+    fixed, steered = ({"kl_coef": 0.1, "kl_target": target} for target in (0.0, 2.0))
+    for then, now, expected in (
+        (fixed, {"kl_coef": 0.1}, 0.1),
+        (fixed, {"kl_coef": 5.0}, 5.0),
+        (steered, {"kl_coef": 0.1}, 0.1),
+        (fixed, {"kl_coef": 0.1, "kl_target": 2.0}, 0.1),
+        (steered, {"kl_coef": 0.1, "kl_target": 2.0}, 0.3),
+        (steered, {"kl_coef": 0.1, "kl_target": 4.0}, 0.3),
+        (steered, {"kl_coef": 5.0, "kl_target": 2.0}, 5.0),
+    ):
+        assert resumed_kl_coef(0.3, then, PPOConfig(**now)) == expected
 
 
 def test_update_compiles_once(cfg, value_cfg, ragged, one_device):

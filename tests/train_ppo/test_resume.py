@@ -72,6 +72,13 @@ def test_with_other_weights_of_frozen_models_it_is_refused(run, flags, broken, t
         run(**flags, output_dir=folder)
 
 
+def test_with_another_kl_coefficient_it_goes_on_from_that(run, flags, broken, tmp_path):
+    folder = shutil.copytree(broken.path, tmp_path / "run")
+    result = run(**flags, output_dir=folder, kl_coef=5, allow_config_change="kl_coef")
+    before, after = (result.metrics[step]["objective/kl_coef"] for step in (2, 3))
+    assert before < 0.1 and after == 5
+
+
 def test_on_eight_devices_to_1e_5(run, flags, unbroken, broken, tmp_path, capfd):
     folder = shutil.copytree(broken.path, tmp_path / "run")
     result = run(**flags, output_dir=folder, num_devices=8, mesh_dim="1,8,1")
