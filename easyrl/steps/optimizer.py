@@ -62,7 +62,9 @@ def decayed(params: dict) -> dict:
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The gradient transformation that `config` describes."""
+    """The gradient transformation that `config` describes. Its state has one structure, with a limit to the gradient or
+    without, so that a run may go on with another limit.
+    """
     adamw = optax.adamw(
         schedule,
         b1=config.b1,
@@ -72,9 +74,8 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
         mu_dtype=jnp.bfloat16 if config.bf16_momentum else None,
         mask=decayed,
     )
-    if not config.clip_gradient:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_gradient), adamw)
+    clip = optax.clip_by_global_norm(config.clip_gradient) if config.clip_gradient else optax.identity()
+    return optax.chain(clip, adamw)
 
 
 def optimizer_facts(config: OptimizerConfig) -> dict[str, str | float]:

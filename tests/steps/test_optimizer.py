@@ -72,3 +72,11 @@ def test_updates_are_those_of_adamw_after_clipping(clip):
             decay = 0.1 * expected[name] if name in ("q", "scalar") else 0.0
             expected[name] = expected[name] - lr * (first / (np.sqrt(second) + 1e-6) + decay)
             np.testing.assert_allclose(params[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_has_one_structure_with_a_limit_to_the_gradient_or_without():
+    unlimited, limited = (
+        make_optimizer(OptimizerConfig(clip_gradient=clip), make_schedule("constant", 0.01, 5)).init({"q": jnp.ones(2)})
+        for clip in (0.0, 1.0)
+    )
+    assert jax.tree.structure(unlimited) == jax.tree.structure(limited)
