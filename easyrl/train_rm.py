@@ -39,7 +39,14 @@ from easyrl.runtime.offline import (
 from easyrl.runtime.offline_run import Method, train
 from easyrl.runtime.resume import continue_named
 from easyrl.steps.optimizer import make_optimizer
-from easyrl.steps.reward import RewardBatch, RewardLossConfig, make_reward_eval, make_reward_step, place_reward_batch
+from easyrl.steps.reward import (
+    RewardBatch,
+    RewardLossConfig,
+    by_label,
+    make_reward_eval,
+    make_reward_step,
+    place_reward_batch,
+)
 from easyrl.steps.state import TrainState, abstract_train_state, create_train_state
 
 SCRIPT, NAME = "train_rm", "Reward model"
@@ -110,7 +117,7 @@ def main(config: Config) -> None:
         else:
             measured = label_accuracies(score[:, 0], held_out.dataset.values[sample], subsets)
         return {
-            **sums,
+            **by_label(sums),
             **{f"accuracy/{row.subset}": row.accuracy for row in measured if row.subset != ALL},
             **({"longer_wins": measured[0].longer_wins} if paired else {}),
             "reward_std": score.std(dtype=np.float64),

@@ -4,6 +4,7 @@ A mean over tokens must not depend on how the tokens are split over micro-batche
 nothing here divides until every part has been added up: a `Mean` carries its numerator and its denominator.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -53,3 +54,16 @@ def constant_mean(x: Array | float) -> Mean:
 def add_metrics(a: dict[str, Mean], b: dict[str, Mean]) -> dict[str, Mean]:
     """Two dicts of means with the same names, over the union of what they were taken over."""
     return {name: add_means(a[name], b[name]) for name in a}
+
+
+def nan_where_empty(metrics: dict[str, Mean], names: Collection[str]) -> dict[str, Mean]:
+    """The metrics when all parts have been added up, with NaN for those of the `names` that nothing was counted for.
+
+    These are means over some of the samples, of which a batch may have none; 0 would pass for what they are there.
+    """
+
+    def known(mean: Mean) -> Mean:
+        empty = mean.count == 0
+        return Mean(jnp.where(empty, jnp.nan, mean.total), jnp.where(empty, 1.0, mean.count))
+
+    return {name: known(mean) if name in names else mean for name, mean in metrics.items()}

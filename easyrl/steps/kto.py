@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from easyrl.algos.kto import kto_baseline, kto_loss
 from easyrl.core.groups import PackPlan
-from easyrl.core.masking import Mean, constant_mean
+from easyrl.core.masking import Mean, constant_mean, nan_where_empty
 from easyrl.core.sharding import Shard, replicated
 from easyrl.models.families import ModelConfig, param_specs
 from easyrl.steps.dpo import AnswerBatch, DPOConfig, answer_logprobs
@@ -23,6 +23,8 @@ from easyrl.steps.packed import grads_over_groups, sums_over_groups, tokens_plan
 from easyrl.steps.state import TrainState, apply_gradients, state_shardings
 
 Array = jax.Array
+
+BY_LABEL = frozenset({"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"})
 
 
 class KTOBatch(flax.struct.PyTreeNode):
@@ -38,7 +40,7 @@ def make_kto_step(cfg: ModelConfig, optimizer: optax.GradientTransformation, mes
 
         loss = mean over answers of `algos.kto.kto_loss`, with z0 = `algos.kto.kto_baseline` over all mismatches
 
-    Metrics (`Mean` pairs): loss and those of `kto_loss`, rewards/margins, entropy over the tokens of the answers,
+    Metrics (`Mean` pairs): loss and those of `kto_loss` `with_margins`, entropy over the tokens of the answers,
     grad_norm before clipping, skipped (1 where loss or gradient was not finite and the state was left as it was),
     tokens worked on.
     """
@@ -79,7 +81,11 @@ def make_kto_eval(cfg: ModelConfig, mesh: Mesh, config: DPOConfig) -> Callable:
 
 
 def with_margins(metrics: dict[str, Mean]) -> dict[str, Mean]:
-    """The summed metrics of a batch or data set, with `rewards/margins`: of means over different answers."""
+    """The summed metrics of a batch or data set, with `rewards/margins`: of means over different answers.
+
+    Where no answer has a label, the means over those that have it, and the margin, are NaN.
+    """
+    metrics = nan_where_empty(metrics, BY_LABEL)
     margin = metrics["rewards/chosen"].value - metrics["rewards/rejected"].value
     return metrics | {"rewards/margins": constant_mean(margin)}
 

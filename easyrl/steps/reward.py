@@ -24,7 +24,7 @@ from easyrl.core.ahead import Call
 from easyrl.core.config import flag
 from easyrl.core.errors import UserError
 from easyrl.core.groups import PackPlan, Plans, gather, over_groups
-from easyrl.core.masking import Mean, constant_mean
+from easyrl.core.masking import Mean, constant_mean, nan_where_empty
 from easyrl.core.sharding import Shard, fetch, num_data_shards, put, replicated
 from easyrl.data.packing import Packing, group_shapes, pack
 from easyrl.models.families import ModelConfig, param_specs
@@ -114,6 +114,7 @@ def make_reward_step(
         grads, metrics = grads_over_groups(
             batch.plans, lambda params, group: objective(params, group, batch, count), state.params, shardings.params
         )
+        metrics = by_label(metrics)
         state, taken = apply_gradients(state, grads, optimizer, metrics["loss"].total)
         metrics["grad_norm"] = constant_mean(optax.tree.norm(grads))
         metrics["skipped"] = constant_mean(1.0 - taken)
@@ -127,7 +128,7 @@ def make_reward_eval(cfg: ModelConfig, mesh: Mesh, config: RewardLossConfig, *, 
     """`evaluate(params, batch: RewardBatch) -> (metrics, scores)`, jitted.
 
     Metrics are the loss and those of `algos.preference`, accuracy among them: add up the batches of a data set with
-    `core.masking.add_metrics`. Scores are float32 [B], 0 for filler.
+    `core.masking.add_metrics`, then take `by_label` of the sum. Scores are float32 [B], 0 for filler.
     """
     shard = Shard(mesh)
 
@@ -139,6 +140,11 @@ def make_reward_eval(cfg: ModelConfig, mesh: Mesh, config: RewardLossConfig, *, 
         return sums_over_groups(batch.plans, measure)
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
+
+
+def by_label(metrics: dict[str, Mean]) -> dict[str, Mean]:
+    """The summed metrics of a batch or data set, with NaN for the reward of a label that none of its answers has."""
+    return nan_where_empty(metrics, {"rewards/chosen", "rewards/rejected"})
 
 
 def _objective(cfg: ModelConfig, mesh: Mesh, config: RewardLossConfig, pad_id: int | None) -> Callable:

@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from easyrl.core.masking import Mean, add_metrics
 from easyrl.core.sharding import make_mesh, put, replicated
 from easyrl.data.packing import Shape, pack
 from easyrl.models.families import param_specs
+from easyrl.runtime.metrics import fetch
 from easyrl.steps.dpo import DPOConfig, place_answers
 from easyrl.steps.kto import KTOBatch, make_kto_eval, make_kto_step, with_margins
 from easyrl.steps.state import create_train_state
@@ -83,3 +85,15 @@ def test_loss_and_gradient_are_those_of_single_sequences_in_every_layout(cfg, ra
     assert evaluated.keys() == metrics.keys() - {"grad_norm", "skipped", "tokens"}
     for name, mean in evaluated.items():
         np.testing.assert_allclose(mean.value, metrics[name].value, atol=1e-5, err_msg=name)
+
+
+def test_what_no_answer_has_the_label_for_is_not_a_number():
+    good = {"rewards/chosen": Mean(3.0, 2.0), "rewards/rejected": Mean(0.0, 0.0), "loss": Mean(0.0, 0.0)}
+    logps = {"logps/chosen": Mean(-9.0, 2.0), "logps/rejected": Mean(0.0, 0.0)}
+    found = fetch(with_margins(good | logps))
+    assert found["rewards/chosen"] == 1.5 and found["logps/chosen"] == -4.5 and found["loss"] == 0
+    assert np.isnan([found[name] for name in ("rewards/rejected", "logps/rejected", "rewards/margins")]).all()
+    # Over a data set the batches that lack a label weigh nothing in its means.
+    bad = {"rewards/chosen": Mean(0.0, 0.0), "rewards/rejected": Mean(-2.0, 4.0), "loss": Mean(1.0, 4.0)}
+    found = fetch(with_margins(add_metrics(good | logps, bad | logps)))
+    assert (found["rewards/chosen"], found["rewards/rejected"], found["rewards/margins"]) == (1.5, -0.5, 2.0)

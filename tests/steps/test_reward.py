@@ -121,6 +121,16 @@ def check(cfg, ragged, one_device, config, layouts):
         np.testing.assert_allclose(mean.value, metrics[name].value, atol=1e-5, err_msg=name)
 
 
+def test_a_step_with_one_label_alone_has_no_reward_of_the_other(cfg, ragged, one_device):
+    batch = place(ragged, POINTWISE, one_device, 8, ())
+    params, optimizer = make_params(cfg, "reward", one_device), optax.sgd(1.0)
+    state = create_train_state(params, param_specs(cfg, "reward"), optimizer, one_device)
+    step = make_reward_step(cfg, optimizer, one_device, POINTWISE)
+    _, metrics = step(state, batch.replace(targets=jnp.ones_like(batch.targets)))
+    assert metrics["rewards/chosen"].value == metrics["mean_reward"].value
+    assert jnp.isnan(metrics["rewards/rejected"].value)
+
+
 def test_a_plan_that_parts_a_pair_is_refused(cfg, ragged, one_device):
     T = ragged.tokens.shape[1]
     together = pack(ragged.lengths, T, [Shape(2, 60), Shape(2, 40)], together=2)
