@@ -370,7 +370,8 @@ def main(config: Config) -> None:
         )  # fmt: skip
 
     def card(metrics: dict[str, float]) -> ModelCard:
-        return ppo_card(config, metrics, template, named_sources(config))
+        warmup_ratio = min(warmup_updates / value_updates, 1.0)
+        return ppo_card(config, metrics, template, named_sources(config), warmup_ratio)
 
     # ------------------------------------------------------------ the loop
     def batches() -> Iterator[tuple[int, PromptBatch]]:

@@ -11,8 +11,12 @@ from easyrl.runtime.metrics import timeless
 from easyrl.steps.optimizer import optimizer_facts
 
 
-def ppo_card(config: Any, metrics: Mapping[str, float], template: Template, reward: str) -> ModelCard:
-    """The card of the policy that `train_ppo` exports; `config` is that script's, `reward` names what paid."""
+def ppo_card(
+    config: Any, metrics: Mapping[str, float], template: Template, reward: str, warmup_ratio: float
+) -> ModelCard:
+    """The card of the policy that `train_ppo` exports; `config` is that script's, `reward` names what paid, and
+    `warmup_ratio` is the share of the run's updates in which the learning rate rises.
+    """
     return ModelCard(
         title=f"{name_of(config.load_checkpoint_policy)} tuned with PPO",
         method="PPO",
@@ -29,7 +33,7 @@ def ppo_card(config: Any, metrics: Mapping[str, float], template: Template, rewa
             "mini_batch_size": config.mini_batch_size,
             **optimizer_facts(config.optimizer),
             "lr_scheduler_type": config.lr_schedule,
-            "lr_scheduler_warmup_ratio": config.warmup_epochs / config.num_epochs,
+            "lr_scheduler_warmup_ratio": warmup_ratio,
             **({"training steps": config.total_steps} if config.total_steps else {"num_epochs": config.num_epochs}),
             "PPO epochs": config.ppo_epochs,
             "KL penalty coefficient": config.kl_coef,

@@ -163,8 +163,10 @@ def test_weights_in_less_than_what_computes_have_an_equal_reference(run):
 
 
 def test_total_steps_go_on_over_the_prompts(run):
-    result = run(total_steps=3, max_steps_per_epoch=2)
+    result = run(total_steps=3, max_steps_per_epoch=2, warmup_epochs=0.75)
     assert [metrics["step"] for metrics in result.metrics] == [1, 2, 3]
+    card = (result.path / "hf" / "README.md").read_text()
+    assert "- lr_scheduler_warmup_ratio: 0.5\n" in card and "- training steps: 3\n" in card
 
 
 def test_sampling_flags_reach_the_sampler(run):
