@@ -16,8 +16,8 @@ class Scored(NamedTuple):
     - scores: float64 [B], the weighted sum of the sources after the rule for a missing end of text, in their units
     - keep: bool [B], False for responses that are not to be learnt from (--missing_eos=mask)
     - metrics: by name, over the kept responses
-    - faults: a sentence for each score that is not finite, naming source and response; none if the response is masked
-      or the score replaced
+    - faults: a sentence for each response whose reward is not finite, naming the sources; none if it is masked or its
+      score replaced
     """
 
     rewards: np.ndarray
@@ -33,7 +33,7 @@ class Judged(NamedTuple):
     - scores: float64 [B], the weighted sum after the rule for a missing end of text, in the units of the sources
     - keep: bool [B], False for responses that are not to be learnt from (--missing_eos=mask, or no finite score)
     - metrics: by name, over the kept responses
-    - faults: a sentence for each score that is not finite, as in `Scored`
+    - faults: a sentence for each response whose score is not finite, as in `Scored`
     """
 
     scores: np.ndarray
@@ -111,16 +111,18 @@ def _statistics(scores: np.ndarray, keep: np.ndarray, each: dict[str, np.ndarray
 
 
 def _faults(each: dict[str, np.ndarray], keep: np.ndarray, rewards: np.ndarray) -> tuple[str, ...]:
-    """What is to be said of the rewards that are not finite, where they come from first."""
-    bad = np.flatnonzero(keep & ~np.isfinite(rewards))
-    found = [
-        f"reward {name} of response {row} is {raw[row]:g}"
-        for row in bad
-        for name, raw in each.items()
-        if not np.abs(raw[row]) <= np.finfo(np.float32).max
-    ]
-    # Each source is finite, and yet their weighted sum or what --reward_gain makes of it is not.
-    return tuple(found or [f"the sum of rewards of response {row} is not finite" for row in bad])
+    """What is to be said of the rewards that are not finite, each once, however many sources it comes from."""
+
+    def told(row: int) -> str:
+        causes = [
+            f"reward {name} of response {row} is {raw[row]:g}"
+            for name, raw in each.items()
+            if not np.abs(raw[row]) <= np.finfo(np.float32).max
+        ]
+        # Else each source is finite, and yet their weighted sum or what --reward_gain makes of it is not.
+        return " and ".join(causes) or f"the sum of rewards of response {row} is not finite"
+
+    return tuple(told(row) for row in np.flatnonzero(keep & ~np.isfinite(rewards)).tolist())
 
 
 def _unused(name: str, taken: dict[str, np.ndarray]) -> str:

@@ -92,3 +92,13 @@ def test_a_score_that_is_not_finite_ranks_nothing(batch_of):
     judged = judge_responses(batch_of("a", "b"), [constant("rm", np.nan, 2.0)], (1.0,), "none")
     assert judged.keep.tolist() == [False, True] and judged.metrics["env/reward_mean"] == 2.0
     assert judged.faults == ("reward rm of response 0 is nan",)
+
+
+def test_a_response_that_several_sources_fail_is_one_fault(batch_of):
+    sources = [constant("rm", np.nan, 2.0, 1.0), constant("f", np.inf, -np.inf, 1.0)]
+    judged = judge_responses(batch_of("a", "b", "c"), sources, (1.0, 1.0), "none")
+    assert judged.keep.tolist() == [False, False, True]
+    assert judged.faults == (
+        "reward rm of response 0 is nan and reward f of response 0 is inf",
+        "reward f of response 1 is -inf",
+    )
