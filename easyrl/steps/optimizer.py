@@ -34,10 +34,11 @@ def make_schedule(
     The update after `warmup_updates` updates is the first at the full rate, as in transformers' schedules.
     """
     remaining = max(total_updates - warmup_updates, 1)
-    after_warmup = {
+    above_end = optax.cosine_decay_schedule(lr - end_lr, remaining)  # its own end is a share of lr, which may be 0
+    after_warmup: dict[str, optax.Schedule] = {
         "constant": optax.constant_schedule(lr),
         "linear": optax.linear_schedule(lr, end_lr, remaining),
-        "cosine": optax.cosine_decay_schedule(lr, remaining, alpha=end_lr / lr if lr else 0.0),
+        "cosine": lambda update: above_end(update) + end_lr,
     }
     if kind not in after_warmup:
         raise UserError(f"--lr_schedule={kind}: expected one of {', '.join(after_warmup)}")

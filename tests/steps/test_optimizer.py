@@ -21,10 +21,11 @@ def plain_schedule(kind, update, lr, total, warmup, end_lr=0.0):
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_the_rate_warms_up_and_falls(kind, warmup):
-    end_lr = 0.0 if kind == "constant" else 0.002
-    schedule = make_schedule(kind, 0.01, 10, warmup, end_lr)
-    expected = [plain_schedule(kind, update, 0.01, 10, warmup, end_lr) for update in range(11)]
+@pytest.mark.parametrize("lr", [0.01, 0.0])
+def test_the_rate_warms_up_and_goes_to_its_end(kind, warmup, lr):
+    end_lr = lr if kind == "constant" else 0.002
+    schedule = make_schedule(kind, lr, 10, warmup, end_lr)
+    expected = [plain_schedule(kind, update, lr, 10, warmup, end_lr) for update in range(11)]
     np.testing.assert_allclose([schedule(update) for update in range(11)], expected, rtol=1e-5, atol=1e-9)
 
 
