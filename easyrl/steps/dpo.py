@@ -70,6 +70,8 @@ class DPOConfig:
             value = getattr(self, field.name)
             if field.name not in self.facts and value != field.default:
                 raise UserError(f"--{field.name}={value}: --loss={self.loss} does not read it")
+        if not self.nll_per_token and not self.nll_weight:
+            raise UserError("--nll_per_token=False: needs --nll_coef, which is 0")
         if self.label_smoothing >= 0.5:
             raise UserError(f"--label_smoothing={self.label_smoothing}: expected less than 0.5")
 

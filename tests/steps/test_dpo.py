@@ -240,6 +240,7 @@ def test_only_the_trained_model_has_optimizer_state(cfg, one_device):
         ({"loss": "sigmoid", "dpop_lambda": 5.0}, "--dpop_lambda=5.0: --loss=sigmoid does not read it"),
         ({"loss": "kto", "nll_coef": 1.0}, "--nll_coef=1.0: --loss=kto does not read it"),
         ({"loss": "ipo", "undesirable_weight": 2.0}, "--undesirable_weight=2.0: --loss=ipo does not read it"),
+        ({"nll_per_token": False}, "--nll_per_token=False: needs --nll_coef, which is 0"),
         ({"label_smoothing": 0.5}, "--label_smoothing=0.5: expected less than 0.5"),
     ],
 )
