@@ -151,11 +151,16 @@ class FoundSources:
 
 
 def find_sources(config: ScoreConfig, policy_template: Template, *, dtype: str, max_length: int) -> FoundSources:
-    """The sources that --load_checkpoint_reward and --reward_function name. Raises UserError when there is none."""
+    """The sources that --load_checkpoint_reward and --reward_function name.
+
+    Raises UserError when there is none, and for a template of reward models where there is no such model.
+    """
     models = find_reward_models(
         config.load_checkpoint_reward, config.reward_template, policy_template, dtype=dtype, max_length=max_length
     )
     functions = function_sources(config.reward_function)
+    if functions and not models and config.reward_template:
+        raise UserError(f"--reward_template={config.reward_template}: needs --load_checkpoint_reward, which is empty")
     return FoundSources(models, functions, parse_weights(config, len(models), len(functions)))
 
 

@@ -178,6 +178,10 @@ TEXT = {
         lambda b: {"template": "tokenizer"},
         "--template=tokenizer: the tokenizer has no chat template, expected one of tulu,",
     ),
+    "a template without a reward model": (
+        lambda b: {**b.function("vowels"), "reward_template": "none"},
+        "--reward_template=none: needs --load_checkpoint_reward, which is empty",
+    ),
     "unknown template of a reward model": (
         lambda b: {"reward_template": "alpaca"},
         "--reward_template=alpaca: found no such template or file",
